@@ -1,4 +1,4 @@
-"""Numbers that methods with a pair loss learn while they train: the rate of wrong labels, and beta.
+"""Needs of methods with a pair loss, and numbers that they learn while they train: the rate of wrong labels, and beta.
 
 Wrong labels (LCPO, arXiv:2509.24159): a label is right with probability `eta = 1 - rate`. With `s` the probability of
 the label under the pair loss, `s = sigma(loss(swapped pair) - loss(pair))`, expectation and maximization alternate:
@@ -17,7 +17,7 @@ a resumed run repeats an uninterrupted one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from mmalign.config.methods import PairMethodConfig
+from mmalign.data.label import FIELDS
 from mmalign.losses.wrappers import Labels
-from mmalign.methods import Memory
+from mmalign.methods import Memory, Requirements, cached_scores
+from mmalign.policy import Scores
 
 C = TypeVar("C", bound=PairMethodConfig)
 RATE, SIZE = "rate of wrong labels", "size of margins"
@@ -45,6 +47,28 @@ def pair_memory(cfg: PairMethodConfig) -> Memory | None:
         start[SIZE] = _logit(1 - cfg.auto_beta.gradient_factor) / cfg.beta  # where the formula gives the recipe's beta
     names = cfg.label_noise.annotators if cfg.label_noise is not None else ()
     return Memory(start, partial(_remember, cfg), partial(_describe, cfg), names)
+
+
+def pair_requirements(
+    cfg: PairMethodConfig,
+    num_cached: int,
+    settings: Mapping[str, str | int | float],
+    *,
+    reference: bool = False,
+    compute: Callable[..., Scores] | None = None,
+) -> Requirements:
+    """Return the needs of a pair loss: labels, its memory, and the reference of the loss or its cached scores.
+
+    Args:
+        cfg: hyper-parameters.
+        num_cached: number of draws whose reference scores are cached; 0 for none.
+        settings: hyper-parameters that the cached scores depend on.
+        reference: the method needs a reference even if its loss does not.
+        compute: function of the cached scores, as in `PrecomputeSpec`.
+    """
+    reference = reference or cfg.uses_reference
+    cached = cached_scores(num_cached if reference else 0, settings, compute)
+    return Requirements(reference, FIELDS, memory=pair_memory(cfg), precompute=cached)
 
 
 def present(cfg: C, memory: Mapping[str, float]) -> C:

@@ -26,11 +26,10 @@ from functools import partial
 
 from mmalign.config.methods import DenoisingMethodConfig
 from mmalign.config.methods import DiffusionDPOConfig as Config
-from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
-from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods._pair_memory import pair_memory, present
+from mmalign.methods import Requirements, Step, reference_scores
+from mmalign.methods._pair_memory import pair_requirements, present
 from mmalign.methods.text_to_image._denoising import Contrast, denoising_scores, denoising_step, noise_pairs
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
@@ -38,13 +37,7 @@ from mmalign.rng import KeyedRNG
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the reference of the loss, or its cached scores."""
-    settings = {"caption_dropout": cfg.caption_dropout}
-    return Requirements(
-        reference=cfg.uses_reference,
-        labels=FIELDS,
-        memory=pair_memory(cfg),
-        precompute=cached_scores(cfg.num_cached_draws if cfg.uses_reference else 0, settings),
-    )
+    return pair_requirements(cfg, cfg.num_cached_draws, {"caption_dropout": cfg.caption_dropout})
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

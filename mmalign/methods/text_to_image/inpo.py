@@ -34,18 +34,18 @@ The reference's scores are not cached, so the reference stays in memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from mmalign.config.methods import InPOConfig as Config
 from mmalign.data.caches.precompute import PrecomputeSpec
-from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion import inversion
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements
-from mmalign.methods._pair_memory import pair_memory
+from mmalign.methods._pair_memory import pair_requirements
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo
 from mmalign.methods.text_to_image._denoising import CleanPairs, Contrast, NoisedPairs, denoising_scores
 from mmalign.policy import Policy
@@ -60,11 +60,9 @@ def requirements(cfg: Config) -> Requirements:
     """
     settings = cfg.model_dump(include={"caption_dropout", "inversion", "steps", "order", "eta"})
     cached = PrecomputeSpec(cfg.num_cached_draws, settings, compute=precompute) if cfg.num_cached_draws else None
-    reference = cfg.uses_reference or cfg.inverter == "reference"
-    measured_by = cfg.model_copy(update={"inverter": "reference"}) if reference else None
-    return Requirements(
-        reference=reference, labels=FIELDS, memory=pair_memory(cfg), precompute=cached, measured_by=measured_by
-    )
+    needs = pair_requirements(cfg, 0, {}, reference=cfg.inverter == "reference")
+    measured_by = cfg.model_copy(update={"inverter": "reference"}) if needs.reference else None
+    return replace(needs, precompute=cached, measured_by=measured_by)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

@@ -25,9 +25,9 @@ import torch
 from mmalign.config.methods import InstructEngineConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
-from mmalign.methods import Requirements, Step, cached_scores, reference_scores
+from mmalign.methods import Requirements, Step, reference_scores
 from mmalign.methods._pair_loss import pair_of, preference_metrics, view_link, with_own_loss
-from mmalign.methods._pair_memory import pair_memory, present
+from mmalign.methods._pair_memory import pair_requirements, present
 from mmalign.methods.text_to_image._denoising import (
     Contrast,
     NoisedPairs,
@@ -45,13 +45,7 @@ SIDES = {"matched": ("x1 y1", "x2 y2"), "mismatched": ("x1 y2", "x2 y1")}
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: a prompt for each image, and the reference of the loss or its cached scores."""
-    return Requirements(
-        reference=cfg.uses_reference,
-        labels=("weight",),
-        memory=pair_memory(cfg),
-        prompt_pairs=True,
-        precompute=cached_scores(cfg.num_cached_draws if cfg.uses_reference else 0, {}),
-    )
+    return replace(pair_requirements(cfg, cfg.num_cached_draws, {}), labels=("weight",), prompt_pairs=True)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

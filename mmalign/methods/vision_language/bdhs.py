@@ -35,7 +35,6 @@ from torch import Tensor
 
 from mmalign.config.methods import BDHSMethodConfig as Config
 from mmalign.config.methods.vision_language import MixedConfig
-from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.pairs import ImageRef, ResponsePair
 from mmalign.families.base import VisionLanguage
@@ -43,8 +42,8 @@ from mmalign.language.chat import as_text
 from mmalign.language.objects import Vocabulary
 from mmalign.language.tokens import TokenizedResponse, cut_tail
 from mmalign.language.vocabularies import load_vocabulary
-from mmalign.methods import Requirements, Step, cached_scores, reference_scores, reference_scores_of
-from mmalign.methods._pair_memory import pair_memory, present
+from mmalign.methods import Requirements, Step, reference_scores, reference_scores_of
+from mmalign.methods._pair_memory import pair_requirements, present
 from mmalign.methods.vision_language._responses import (
     PAIR,
     TOKEN,
@@ -115,14 +114,10 @@ def check(cfg: Config) -> list[str]:
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs under the mode; a run is measured on the responses of the data."""
     settings = {"mean": cfg.mean, "rejected": cfg.gamma > 0, "hallucinated": cfg.gamma < 1}
-    num_cached = int(cfg.mode == "offline" and cfg.uses_reference)
-    return Requirements(
-        reference=cfg.uses_reference,
-        labels=FIELDS,
-        memory=pair_memory(cfg),
+    return replace(
+        pair_requirements(cfg, int(cfg.mode == "offline"), settings, compute=precompute),
         decoded_images=cfg.mode == "mixed",  # for the annotator
         reward=cfg.mixed.reward if cfg.mode == "mixed" else None,
-        precompute=cached_scores(num_cached, settings, compute=precompute),
         measured_by=cfg.model_copy(update={"mode": "offline"}) if cfg.mode != "offline" else None,
         check=partial(check, cfg),
     )

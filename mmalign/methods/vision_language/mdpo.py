@@ -21,14 +21,13 @@ from PIL import Image
 
 from mmalign.config.methods import MDPOConfig as Config
 from mmalign.data.augment import random_crop
-from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.losses import pairwise
-from mmalign.methods import Requirements, Step, cached_scores, reference_scores
+from mmalign.methods import Requirements, Step, reference_scores
 from mmalign.methods._pair_loss import pair_of
-from mmalign.methods._pair_memory import pair_memory, present
+from mmalign.methods._pair_memory import pair_requirements, present
 from mmalign.methods.vision_language._images import with_changed_images
 from mmalign.methods.vision_language._responses import (
     PAIR,
@@ -50,12 +49,10 @@ def requirements(cfg: Config) -> Requirements:
     The anchor needs a reference even if the loss does not.
     """
     settings = {"mean": cfg.mean, "least": cfg.crop_area[0], "greatest": cfg.crop_area[1]}
-    return Requirements(
-        labels=FIELDS,
-        memory=pair_memory(cfg),
+    return replace(
+        pair_requirements(cfg, cfg.num_cached_draws, settings, reference=True),
         decoded_images=True,
         vision_tower=True,  # the policy sees crops, which are drawn during training
-        precompute=cached_scores(cfg.num_cached_draws, settings),
     )
 
 

@@ -37,13 +37,12 @@ from torch import Tensor, nn
 
 from mmalign.config.methods import POVIDConfig as Config
 from mmalign.data.augment import diffuse_image
-from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.losses.pairwise import Pair
-from mmalign.methods import Requirements, Step, cached_scores
+from mmalign.methods import Requirements, Step
 from mmalign.methods._pair_loss import pair_of
-from mmalign.methods._pair_memory import pair_memory, present
+from mmalign.methods._pair_memory import pair_requirements, present
 from mmalign.methods.vision_language._images import with_changed_images
 from mmalign.methods.vision_language._responses import bound_links, pair_loss_against, response_step, view_scores
 from mmalign.policy import Policy, Scores
@@ -67,13 +66,11 @@ def requirements(cfg: Config) -> Requirements:
     The reference is that of the loss, or the one whose noisy tokens are scored.
     """
     settings = {"mean": cfg.mean, "noise_step": cfg.noise_step, "overflow": cfg.overflow}
-    return Requirements(
-        reference=cfg.uses_reference or cfg.tokens == "reference",
-        labels=FIELDS,
-        memory=pair_memory(cfg),
+    compares_tokens = cfg.tokens == "reference"
+    return replace(
+        pair_requirements(cfg, cfg.num_cached_draws, settings, reference=compares_tokens, compute=precompute),
         decoded_images=True,
         vision_tower=not cfg.num_cached_draws,  # for noisy images, unless their tokens are cached
-        precompute=cached_scores(cfg.num_cached_draws, settings, compute=precompute),
     )
 
 

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.config.methods import ReAlignConfig as Config
-from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
-from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods._pair_memory import pair_memory, present
+from mmalign.methods import Requirements, Step, reference_scores
+from mmalign.methods._pair_memory import pair_requirements, present
 from mmalign.methods.vision_language._responses import (
     PAIR,
     Contrast,
@@ -42,14 +41,8 @@ VIEWS = (*PAIR, "retrieved")
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the pairs' other images, and the reference of the loss or its cached scores."""
-    settings, reference = {"mean": cfg.mean, "rejected_scoring": cfg.rejected_scoring}, cfg.uses_reference
-    return Requirements(
-        reference,
-        labels=FIELDS,
-        memory=pair_memory(cfg),
-        other_images=True,
-        precompute=cached_scores(int(reference), settings),
-    )
+    settings = {"mean": cfg.mean, "rejected_scoring": cfg.rejected_scoring}
+    return replace(pair_requirements(cfg, 1, settings), other_images=True)
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

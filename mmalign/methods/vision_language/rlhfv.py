@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from mmalign.config.methods import RLHFVConfig as Config
-from mmalign.data.label import FIELDS
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
-from mmalign.methods import Requirements, Step, cached_scores, reference_scores
-from mmalign.methods._pair_memory import pair_memory, present
+from mmalign.methods import Requirements, Step, reference_scores
+from mmalign.methods._pair_memory import pair_requirements, present
 from mmalign.methods.vision_language._responses import Contrast, response_scores, response_step
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
@@ -37,10 +36,7 @@ from mmalign.rng import KeyedRNG
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the reference of the loss, or its cached scores."""
     settings = {**cfg.model_dump(include={"gamma", "min_block", "insertions"}), "mean": cfg.mean}
-    reference = cfg.uses_reference
-    return Requirements(
-        reference=reference, labels=FIELDS, memory=pair_memory(cfg), precompute=cached_scores(int(reference), settings)
-    )
+    return pair_requirements(cfg, 1, settings)
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
