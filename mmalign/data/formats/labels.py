@@ -61,9 +61,8 @@ def read_label(
         preference = 1.0
     if not own and not scored and preference == 1:
         return NO_LABEL
-    margin = (
-        _margin(scores or [record.get(name) for name in SCORES], margins) if scored else _number(own, "margin", 0.0)
-    )
+    scores = scores or [record.get(name) for name in SCORES]
+    margin = _margin(scores, margins) if scored else _number(own, "margin", 0.0)
     return Label(_number(own, "preference", preference), margin, _number(own, "weight", 1.0), _annotator(own))
 
 

@@ -166,7 +166,7 @@ def test_a_score_that_is_no_number_drops_a_row_only_for_margins(rows: Any) -> No
     assert labels(pairs) == [NO_LABEL] * 2 and pairs.unread == ("score_0", "score_1")
     pairs = open_pairs("pick_a_pic", path, margins=Margins("score"))
     assert labels(pairs) == [Label(margin=2.0)]
-    assert "the rejected score is 'n/a'; expected a number" in pairs.skipped[0].reason
+    assert 'the rejected score is "n/a"; expected a number' in pairs.skipped[0].reason
 
 
 def test_integer_annotators_of_a_column_with_empty_cells_are_names(rows: Any) -> None:
