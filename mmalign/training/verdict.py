@@ -138,13 +138,7 @@ def _judge_sides(values: Values, sides: tuple[str, str], evidence: Evidence) -> 
     if difference.sign < 0:
         return f"the preference was not learned, the {worse} side gained more {numbers}"
     learned = f"{_describe_learned(sides, gains, _noun(values, better))} {numbers}"
-    if _saturation(values):
-        learned += f": {_saturation(values)}"
-    if evidence.seen and (fresh is None or fresh.sign <= 0):
-        return (
-            f"the training pairs were learned, perhaps by heart (data.validation_fraction measures others): {learned}"
-        )
-    return learned
+    return _learned(learned, values, "pairs", evidence.seen and (fresh is None or fresh.sign <= 0))
 
 
 def _judge_thumbs(values: Values, evidence: Evidence) -> str:
@@ -169,13 +163,8 @@ def _judge_thumbs(values: Values, evidence: Evidence) -> str:
     if difference.sign < 0:
         return f"the labels were not learned, disliked outputs gained more {numbers}"
     learned = f"{_describe_learned(sides, gains, _noun(liked, 'liked'))} {numbers}"
-    if _saturation(values):
-        learned += f": {_saturation(values)}"
-    if evidence.seen or evidence.fresh:
-        return (
-            f"the training labels were learned, perhaps by heart (data.validation_fraction measures others): {learned}"
-        )
-    return learned
+    # Fresh values are means of updates, over both labels: they do not tell how the labels differ
+    return _learned(learned, values, "labels", evidence.seen or bool(evidence.fresh))
 
 
 def _of_label(values: Values, side: str) -> dict[str, Sequence[float]]:
@@ -206,6 +195,12 @@ def _describe_learned(sides: tuple[str, str], gains: Sequence[Mean], noun: str) 
         case first, second:
             changes = {1: "improved", 0: "did not change", -1: "got worse"}
             return f"{better} {noun} {changes[first]} and {worse} ones {changes[second]}"
+
+
+def _learned(text: str, values: Values, what: str, by_heart: bool) -> str:
+    """Return the verdict `text` on a run that learned, with advice, and with doubt if it may be known by heart."""
+    doubt = f"the training {what} were learned, perhaps by heart (data.validation_fraction measures others)"
+    return ": ".join(filter(None, (doubt if by_heart else "", text, _saturation(values))))
 
 
 def _noun(values: Values, side: str) -> str:

@@ -185,5 +185,8 @@ def test_thumbs_are_judged_by_the_gains_of_each_label() -> None:
     assert verdict(thumbs(0.05, -0.02)).startswith("liked images improved and disliked ones got worse")
     assert verdict(thumbs(0.01, 0.06)).startswith("the labels were not learned, disliked outputs gained more")
     assert verdict(thumbs(0.02, 0.02)).startswith("no difference between liked and disliked outputs")
-    assert verdict(thumbs(0.05, -0.02), seen=True).startswith("the training labels were learned, perhaps by heart")
+    for trained in ({"seen": True}, {"fresh": thumbs(0.05, -0.02)}):
+        by_heart = "the training labels were learned, perhaps by heart"
+        assert verdict(thumbs(0.05, -0.02), **trained).startswith(by_heart)
+    assert verdict({**thumbs(0.05, -0.02), "saturated": [1.0] * 8}).endswith(": lower method.beta or train.lr")
     assert verdict(thumbs(-0.2, -0.4)).startswith("the model is broken, its error is")
