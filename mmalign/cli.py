@@ -366,7 +366,7 @@ def explain(
 
 @app.command("list", epilog="For example: mmalign list")
 def list_() -> None:
-    """List methods, model families, reward models and bundled recipes."""
+    """List methods, losses, data layouts, model families, reward models and bundled recipes."""
     from mmalign.commands.list import list_everything
 
     list_everything(console)

@@ -98,8 +98,11 @@ def test_values_after_the_recipe_override_it(recipe: Path, tmp_path: Path) -> No
 
 def test_list_names_what_there_is() -> None:
     printed = run("list")
-    for name in (*names(), "stable_diffusion", "sdxl", "open_clip", "bco_pair", "text_to_image/quickstart "):
+    for name in (*names(), "stable_diffusion", "sdxl", "open_clip", "text_to_image/quickstart "):
         assert name in printed
+    rows = [row.split() for row in printed.splitlines()]
+    for first in (["bco_pair", "yes", "sum"], ["bco", "Binary"], ["rrhf", "Hinge"], ["votes", "prompt,"], ["rlhfv"]):
+        assert first in [row[: len(first)] for row in rows]
 
 
 @pytest.mark.parametrize(

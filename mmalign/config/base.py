@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
@@ -31,6 +31,9 @@ class Section(BaseModel):
     """Immutable part of a recipe, without unknown keys or silent conversions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class ImageSize(NamedTuple):
@@ -86,7 +89,7 @@ class Choice:
     """
 
     @staticmethod
-    def sections(kind: Any) -> dict[str, type[Section]]:
+    def sections(kind: type[S]) -> dict[str, type[S]]:
         """Return the subclasses by name."""
         base = (*get_args(kind), kind)[0]
         names = {section: section.model_fields["name"].default for section in base.__subclasses__()}
