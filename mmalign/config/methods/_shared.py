@@ -19,6 +19,16 @@ NumCachedDraws = Annotated[
     ),
 ]
 
+LikedShare = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        lt=1,
+        description="share of liked outputs in an epoch: some of one label recur, with the same random numbers, and "
+        "some of the other are left out; null takes each output once",
+    ),
+]
+
 
 class LabelNoiseConfig(Section):
     """Rate of wrong labels that a run learns (LCPO); the defaults are ours, since the paper's are not verified."""
@@ -113,6 +123,9 @@ class DenoisingMethodConfig(PairMethodConfig):
 class ResponseMethodConfig(PairMethodConfig):
     """Pair loss of a method that compares responses, with an optional likelihood term."""
 
+    beta: float = Field(
+        0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
+    )
     nll: float = Field(0.0, ge=0, description="weight of the chosen response's -log p, a mean over tokens")
     score: Literal["auto", "sum", "mean"] = Field(
         "auto",
@@ -144,13 +157,7 @@ class ThumbsMethodConfig(MethodConfig):
     )
     liked_weight: float = Field(1.0, ge=0, description="factor of the loss of liked outputs")
     disliked_weight: float = Field(1.0, ge=0, description="factor of the loss of disliked outputs")
-    liked_share: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="share of liked outputs in an epoch: some of one label recur, with the same random numbers, and "
-        "some of the other are left out; null takes each output once",
-    )
+    liked_share: LikedShare = None
 
     @model_validator(mode="after")
     def _learns(self) -> ThumbsMethodConfig:

@@ -8,7 +8,13 @@ from pydantic import Field, model_validator
 
 from mmalign.config.base import MethodConfig
 from mmalign.config.evaluation import Rewards
-from mmalign.config.methods._shared import DenoisingMethodConfig, ListMethodConfig, NumCachedDraws, ThumbsMethodConfig
+from mmalign.config.methods._shared import (
+    DenoisingMethodConfig,
+    LikedShare,
+    ListMethodConfig,
+    NumCachedDraws,
+    ThumbsMethodConfig,
+)
 
 
 class CCAConfig(MethodConfig):
@@ -40,13 +46,7 @@ class DiffusionKTOConfig(ThumbsMethodConfig):
     beta: float = Field(
         2000.0, gt=0, description="in units of -1/2 mean squared error; the release's beta_dpo is half of it"
     )
-    liked_share: float | None = Field(
-        0.8,
-        gt=0,
-        lt=1,
-        description="share of liked images in an epoch: some of one label recur, with the same random numbers, and "
-        "some of the other are left out; null takes each image once",
-    )
+    liked_share: LikedShare = 0.8
     caption_dropout: float = Field(0.0, ge=0, le=1, description="fraction of images that lose their prompt")
     num_cached_draws: NumCachedDraws = 0
 

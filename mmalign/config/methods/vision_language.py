@@ -42,9 +42,6 @@ class BDHSMethodConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["bdhs"] = "bdhs"
-    beta: float = Field(
-        0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
-    )
     mode: Literal["offline", "online", "mixed"] = Field(
         "offline",
         description="the data's rejected responses, completions generated in training, or pairs of the policy's own "
@@ -76,9 +73,6 @@ class DPOConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["dpo"] = "dpo"
-    beta: float = Field(
-        0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
-    )
 
 
 class KTOConfig(ThumbsMethodConfig):
@@ -104,9 +98,6 @@ class MDPOConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["mdpo"] = "mdpo"
-    beta: float = Field(
-        0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
-    )
     delta: float = Field(0.0, description="anchor: required gain of the chosen response, in nats times beta")
     crop_area: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         [0.01, 0.2],
@@ -127,9 +118,6 @@ class POVIDConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the release's, except for its errors."""
 
     name: Literal["povid"] = "povid"
-    beta: float = Field(
-        0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
-    )
     gamma: float = Field(0.5, ge=0, le=1, description="weight of the rejected response; the noisy tokens have the rest")
     noise_step: int = Field(
         500, ge=0, lt=1000, description="diffusion timestep of the noise, of 1000; higher is noisier"
@@ -164,9 +152,6 @@ class ReAlignConfig(ResponseMethodConfig):
     """Hyper-parameters; the defaults are the paper's."""
 
     name: Literal["realign"] = "realign"
-    beta: float = Field(
-        0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
-    )
     image_weight: float = Field(
         1.0, ge=0, description="weight of the term that prefers the right image; w_v in the paper"
     )
