@@ -24,6 +24,7 @@ from mmalign.methods._pair_loss import bound_link, label_metrics
 from mmalign.methods._pair_memory import RATE, SIZE, pair_memory, posteriors, present
 from mmalign.methods.text_to_image import diffusion_dpo, instruct_engine
 from mmalign.methods.vision_language import bdhs, dpo, mdpo, povid
+from mmalign.training import checkpoint
 from tests.helpers import recipes, response_batches
 from tests.helpers.data_files import pick_a_pic
 from tests.helpers.golden import golden
@@ -169,6 +170,13 @@ def test_what_cannot_be_learned_is_refused(build: Any, reason: str) -> None:
         build()
 
 
+def memory_of(output: Path) -> dict[str, float]:
+    path = checkpoint.latest(output, resumable=True)
+    assert path is not None
+    memory: dict[str, float] = checkpoint.read(path, None).state["memory"]
+    return memory
+
+
 @pytest.mark.slow
 def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(tiny_sd15: Path, tmp_path: Path) -> None:
     """Labels, rates and beta of two updates at once, and of one and another; the verdict tells what was learned."""
@@ -184,5 +192,6 @@ def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(tiny_sd15: Path, 
         train(load_recipe({**recipe, "train": {**recipe["train"], "steps": steps}}))
         for recipe, steps in ((whole, 2), (halves, 1), (halves, 2))
     ]
+    assert memory_of(tmp_path / "whole") == memory_of(tmp_path / "halves")
     assert "wrong labels: 10.0%, kim " in trained[0].verdict and "; beta: " in trained[0].verdict
     assert trained[0].verdict == trained[2].verdict and trained[2].steps == 2
