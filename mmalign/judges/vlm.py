@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from mmalign.judges._asking import Asker, AskingConfig, check_question, fill, load_asker
-from mmalign.rewards import ResponseJudge, by_scores, check_files
+from mmalign.rewards import ResponseJudge, check_files
 
 check = check_responses = check_files
 
@@ -76,4 +76,4 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
         ]
         return asker.log_odds(questions, images, (cfg.yes, cfg.no))
 
-    return by_scores(score)
+    return score

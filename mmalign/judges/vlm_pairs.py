@@ -1,15 +1,14 @@
 """Judge that asks a vision-language model which of two outputs is better, in both orders, and takes the mean.
 
-For images the model sees two images of a prompt. The score of an image is its mean log-odds against all images of the
-prompt, the least-squares solution of `score_i - score_j = log-odds_ij`. For responses the model reads two answers. The
-log reports the position consistency: the share of pairs whose verdict is the same in both orders.
+For images the model sees two images of a prompt; for responses it reads two answers. The score of an output is its mean
+log-odds against all outputs of the prompt, the least-squares solution of `score_i - score_j = log-odds_ij`. The log
+reports the position consistency: the share of pairs whose verdict is the same in both orders.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Annotated
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from mmalign.judges._asking import Asker, AskingConfig, check_question, fill, load_asker
 from mmalign.rewards import ResponseJudge, check_files
+from mmalign.rewards._combine import groups_of, question_keys
 
 logger = logging.getLogger(__name__)
 
@@ -88,20 +88,30 @@ class PairJudge:
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         """Return scores [N], float32, on the CPU; an image alone has the score 0. `t` is not read."""
-        rows = defaultdict[str, list[int]](list)
-        for row, prompt in enumerate(prompts):
-            rows[prompt].append(row)
-        pairs = [pair for group in rows.values() for pair in combinations(group, 2)]
-        questions = [fill(self.comparer.cfg.question, prompt=prompts[i]) for i, _ in pairs]
-        odds = self.comparer.log_odds(
-            [(question, question) for question in questions],
-            [([images[i], images[j]], [images[j], images[i]]) for i, j in pairs],
-        )
-        scores = torch.zeros(len(images))
-        for (i, j), value in zip(pairs, odds, strict=True):
-            scores[i] += value / len(rows[prompts[i]])
-            scores[j] -= value / len(rows[prompts[i]])
-        return scores
+
+        def odds(pairs: Sequence[tuple[int, int]]) -> Tensor:
+            questions = [fill(self.comparer.cfg.question, prompt=prompts[i]) for i, _ in pairs]
+            shown = [([images[i], images[j]], [images[j], images[i]]) for i, j in pairs]
+            return self.comparer.log_odds([(question, question) for question in questions], shown)
+
+        return mean_log_odds(prompts, odds)
+
+
+def mean_log_odds(keys: Sequence[Hashable], log_odds: Callable[[Sequence[tuple[int, int]]], Tensor]) -> Tensor:
+    """Return each row's mean log-odds [N] against all rows of its key; of a row alone 0.
+
+    Args:
+        keys: the keys [N]; rows of one key are compared.
+        log_odds: the log-odds [P] of the first row of each of P pairs of rows.
+    """
+    groups = groups_of(keys)
+    pairs = [pair for group in groups for pair in combinations(group, 2)]
+    sizes = [len(group) for group in groups for _ in combinations(group, 2)]
+    scores = torch.zeros(len(keys))
+    for (i, j), size, value in zip(pairs, sizes, log_odds(pairs), strict=True):
+        scores[i] += value / size
+        scores[j] -= value / size
+    return scores
 
 
 def load(path: str, device: torch.device, cfg: Config) -> PairJudge:
@@ -121,16 +131,15 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
     """
     comparer = Comparer(load_asker("vlm_pairs", path, device, cfg), cfg)
 
-    def compare(
-        images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
-    ) -> Tensor:
-        questions = [
-            (
-                fill(cfg.response_question, prompt=prompt, first=one, second=other),
-                fill(cfg.response_question, prompt=prompt, first=other, second=one),
-            )
-            for prompt, one, other in zip(prompts, first, second, strict=True)
-        ]
-        return comparer.log_odds(questions, [(shown, shown) for shown in images])
+    def score(images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        def question(row: int, one: int, other: int) -> str:
+            texts = {"prompt": prompts[row], "first": responses[one], "second": responses[other]}
+            return fill(cfg.response_question, **texts)
 
-    return compare
+        def odds(pairs: Sequence[tuple[int, int]]) -> Tensor:
+            questions = [(question(i, i, j), question(i, j, i)) for i, j in pairs]
+            return comparer.log_odds(questions, [(images[i], images[i]) for i, _ in pairs])
+
+        return mean_log_odds(question_keys(images, prompts), odds)
+
+    return score

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmalign import registry
 from mmalign.config import MethodConfig, Rewards
+from mmalign.config.evaluation import Combine
 from mmalign.config.methods import find_method
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.formats.layouts import Learning
@@ -82,7 +83,9 @@ class Requirements:
         vae_decoder: the autoencoder's decoder, on the device.
         vision_tower: the vision tower during training, for images that no file contains.
         min_pairs: the smallest batch size, in pairs.
-        reward: the reward model that scores the images of a batch.
+        reward: the judge of a batch's images, or of responses that the policy generates.
+        combine: the combination of several judges.
+        reward_key: the judge's key in a recipe.
         precompute: tensors to compute once per pair and draw; None for none.
         memory: numbers of the run's past that the loss reads; None for none.
         measured_by: settings for measuring a run, if contrasts of the method's own follow the policy; None for its own.
@@ -103,6 +106,8 @@ class Requirements:
     vision_tower: bool = False
     min_pairs: int = 1
     reward: Rewards | None = None
+    combine: Combine = "sum"
+    reward_key: str = "method.reward"
     precompute: PrecomputeSpec | None = None
     memory: Memory | None = None
     measured_by: MethodConfig | None = None

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 
 from mmalign import atomic_io
 from mmalign.attention import choice
 from mmalign.config import ImageData, ImageSize, Lora, Recipe, ResponseData, RewardConfig, Rewards
-from mmalign.config.evaluation import Combine, reward_models
+from mmalign.config.evaluation import Combine, WeightedReward, reward_models
 from mmalign.data.caches import fingerprint
-from mmalign.data.caches.scores import CHUNK, CachedJudge
+from mmalign.data.caches.scores import CHUNK, CachedJudge, CachedResponseJudge, ScoreCache
 from mmalign.families.base import Family, VisionLanguage
 from mmalign.families.compile import compile_blocks
 from mmalign.families.loading import local_folder
@@ -35,7 +34,7 @@ from mmalign.rewards import (
     reward_config,
     reward_module,
 )
-from mmalign.rewards._combine import Combined
+from mmalign.rewards._combine import combined, combined_responses
 from mmalign.training.processes import current_processes
 
 logger = logging.getLogger(__name__)
@@ -186,44 +185,46 @@ def build_reward_model(
     configs, models = reward_models(reward), list[RewardModel]()
     for config in configs:
         model = load_reward_model(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
-        if scores is not None and config.name not in COMPARING:
-            model = _with_stored_scores(model, config, scores)
-        models.append(model)
-    if len(models) == 1:
-        return models[0]
-    return Combined(models, torch.tensor([config.weight for config in configs]), combine)
+        cache = _score_cache(config, scores)
+        models.append(model if cache is None else CachedJudge(model, cache))
+    return models[0] if len(models) == 1 else combined(models, _weights(configs), combine)
 
 
-def _with_stored_scores(model: RewardModel, config: RewardConfig, folder: Path) -> RewardModel:
-    """Return the judge with the cache of its scores; as it is, if its code is in no file."""
+def build_response_judge(
+    reward: Rewards,
+    device: torch.device,
+    *,
+    allow_pickle: bool,
+    combine: Combine = "sum",
+    scores: Path | None = None,
+) -> ResponseJudge:
+    """Load the recipe's judge of responses, or several as one; arguments and errors of `build_reward_model`."""
+    disable_progress_bars()
+    configs, judges = reward_models(reward), list[ResponseJudge]()
+    for config in configs:
+        judge = load_response_judge(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
+        cache = _score_cache(config, scores)
+        judges.append(judge if cache is None else CachedResponseJudge(judge, cache))
+    return judges[0] if len(judges) == 1 else combined_responses(judges, _weights(configs), combine)
+
+
+def _weights(configs: Sequence[WeightedReward]) -> torch.Tensor:
+    return torch.tensor([config.weight for config in configs])
+
+
+def _score_cache(config: RewardConfig, folder: Path | None) -> ScoreCache | None:
+    """Return the cache of a judge's scores; None without a folder, for comparisons, and for code that is in no file."""
+    if folder is None or config.name in COMPARING:
+        return None
     cfg, options = reward_config(config.name, config.options), dict(config.options)
     if isinstance(cfg, http.Config) and (served := http.Server(config.path, cfg).model()):
         options["model"] = served
     identity = fingerprint.fingerprint_judge(config.name, config.path, options)
     if identity is None:
-        return model
+        return None
     atomic_io.make_folder("judges", folder)
     chunk = dict(cfg).get("batch_size", CHUNK)
-    return CachedJudge(model, folder, identity, chunk=chunk, is_writer=current_processes().is_main)
-
-
-def build_response_judge(reward: Rewards, device: torch.device, *, allow_pickle: bool) -> ResponseJudge:
-    """Load the recipe's judge of responses, or several, whose weighted preferences are added.
-
-    Raises:
-        ValueError: a judge cannot be loaded.
-    """
-    disable_progress_bars()
-    configs = reward_models(reward)
-    judges = [load_response_judge(x.name, x.path, device, allow_pickle=allow_pickle, **x.options) for x in configs]
-
-    def compare(
-        images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
-    ) -> torch.Tensor:
-        preferences = [judge(images, prompts, first, second) for judge in judges]
-        return torch.stack([config.weight * x for config, x in zip(configs, preferences, strict=True)]).sum(0)
-
-    return compare
+    return ScoreCache(folder, identity, chunk=chunk, is_writer=current_processes().is_main)
 
 
 def build_method_judge(recipe: Recipe, device: torch.device) -> RewardModel | ResponseJudge | None:
@@ -232,11 +233,11 @@ def build_method_judge(recipe: Recipe, device: torch.device) -> RewardModel | Re
     Raises:
         ValueError: a judge cannot be loaded.
     """
-    reward = requirements_of(recipe.method).reward
-    if reward is None:
+    needs = requirements_of(recipe.method)
+    if needs.reward is None:
         return None
     build = build_response_judge if isinstance(recipe.data, ResponseData) else build_reward_model
-    return build(reward, device, allow_pickle=recipe.allow_pickle)
+    return build(needs.reward, device, allow_pickle=recipe.allow_pickle, combine=needs.combine)
 
 
 def check_method_judge(recipe: Recipe) -> None:
@@ -246,18 +247,17 @@ def check_method_judge(recipe: Recipe) -> None:
         ValueError: a judge is missing or invalid, judges outputs of another kind, or compares images of a prompt, which
             may lie in different batches.
     """
-    reward = requirements_of(recipe.method).reward
-    if reward is None:
+    needs = requirements_of(recipe.method)
+    if needs.reward is None:
         return
-    if isinstance(recipe.data, ResponseData):
-        check_reward_model("method.mixed.reward", reward, responses=True)
-        return
-    check_reward_model("method.reward", reward)
-    comparing = [config.name for config in reward_models(reward) if config.name in COMPARING]
-    if comparing:
+    is_of_responses = isinstance(recipe.data, ResponseData)  # a call then has all responses to a question
+    check_reward_model(needs.reward_key, needs.reward, responses=is_of_responses)
+    comparing = [config.name for config in reward_models(needs.reward) if config.name in COMPARING]
+    if comparing and not is_of_responses:
         raise ValueError(
-            f"method.reward: {comparing[0]} compares the images of a prompt, and method.name: {recipe.method.name} "
-            "judges them batch by batch; use a judge that scores each image alone, such as vlm"
+            f"{needs.reward_key}: {comparing[0]} compares the images of a prompt, and "
+            f"method.name: {recipe.method.name} judges them batch by batch; use a judge that scores each image alone, "
+            "such as vlm"
         )
 
 

@@ -8,7 +8,7 @@ by the class of its options, "module:Class", with `load` beside the class.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from numbers import Real
 from types import SimpleNamespace
@@ -63,16 +63,15 @@ class RewardModule(Protocol):
 
 
 class ResponseJudge(Protocol):
-    """Judge of two responses to a prompt with images."""
+    """Scorer of responses, each to the prompt and the images of the same row.
+
+    A judge of `COMPARING` compares the responses to one prompt and images with one another.
+    """
 
     def __call__(
-        self,
-        images: Sequence[Sequence[Image.Image]],
-        prompts: Sequence[str],
-        first: Sequence[str],
-        second: Sequence[str],
+        self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]
     ) -> Tensor:
-        """Return preferences [N], float32: above 0 where the first response is better, 0 for a tie."""
+        """Return scores [N], float32, without gradients."""
         ...
 
 
@@ -90,7 +89,7 @@ class ResponseModule(Protocol):
 
 PACKAGES = (__name__, "mmalign.judges")
 FOR_RESPONSES = ("function", "http", "vlm", "vlm_pairs")  # files with `load_responses`, of a ResponseJudge
-COMPARING = ("vlm_pairs",)  # scores depend on the other images of a prompt
+COMPARING = ("vlm_pairs",)  # scores depend on the other outputs of a prompt
 
 
 def names() -> list[str]:
@@ -166,16 +165,14 @@ def load_response_judge(
 
     Raises:
         ValueError: the kind judges images alone, an option is unknown, or the judge cannot be loaded. When called: a
-            preference is not finite.
+            score is not finite.
     """
     cfg = reward_config(name, options)
     with tensors_only(allow_pickle):
         judge = response_module(name).load_responses(path, torch.device(device), cfg)
 
-    def call(
-        images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
-    ) -> Tensor:
-        return as_scores(f"reward {name}", judge(images, prompts, first, second), prompts, "check the judge")
+    def call(images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        return as_scores(f"reward {name}", judge(images, prompts, responses), prompts, "check the judge")
 
     return call
 
@@ -194,20 +191,6 @@ def response_module(name: str) -> ResponseModule:
     if name not in FOR_RESPONSES:
         raise ValueError(f"reward: {name} judges images; for responses use one of {', '.join(FOR_RESPONSES)}")
     return cast(ResponseModule, module)
-
-
-def by_scores(
-    score: Callable[[Sequence[Sequence[Image.Image]], Sequence[str], Sequence[str]], Tensor],
-) -> ResponseJudge:
-    """Return a judge that compares the scores [N] of responses, from images, prompts and responses."""
-
-    def compare(
-        images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
-    ) -> Tensor:
-        scores = score([*images, *images], [*prompts, *prompts], [*first, *second])
-        return scores[: len(prompts)] - scores[len(prompts) :]
-
-    return compare
 
 
 def readable(name: str, path: str, mend: str) -> AbstractContextManager[None]:

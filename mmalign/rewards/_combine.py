@@ -1,67 +1,79 @@
-"""Several judges as one.
+"""Several judges as one, of images or of responses.
 
-J judges, N images. Images of one prompt are compared with one another; `zscore` and `vote` depend on a call's images.
+J judges, N outputs. Outputs of one prompt are compared with one another, responses if their images are the same too;
+`zscore` and `vote` depend on a call's outputs.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.rewards import RewardModel
+from mmalign.rewards import ResponseJudge, RewardModel
 
 LEAST_SHARE = 0.01  # of votes; keeps the log-odds of a unanimous vote finite
 
-
-@dataclass(frozen=True)
-class Combined:
-    """Judge whose scores combine those of other judges, on the CPU."""
-
-    judges: Sequence[RewardModel]
-    weights: Tensor  # [J]
-    combine: Literal["sum", "zscore", "vote"]
-
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
-        """Return scores [N], float32."""
-        scores = torch.stack([judge(images, prompts, t).cpu().double() for judge in self.judges])
-        return COMBINATIONS[self.combine](scores, self.weights.double(), prompts).float()
+Keys = Sequence[Hashable]  # outputs of one key are compared
 
 
-def weighted_sum(scores: Tensor, weights: Tensor, prompts: Sequence[str]) -> Tensor:
+def combined(judges: Sequence[RewardModel], weights: Tensor, combine: str) -> RewardModel:
+    """Return the judge of images whose scores, on the CPU, combine those of judges with weights [J]."""
+
+    def call(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
+        return _combine([judge(images, prompts, t) for judge in judges], weights, combine, prompts)
+
+    return call
+
+
+def combined_responses(judges: Sequence[ResponseJudge], weights: Tensor, combine: str) -> ResponseJudge:
+    """Return the judge of responses whose scores combine those of judges with weights [J]."""
+
+    def call(images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        scores = [judge(images, prompts, responses) for judge in judges]
+        return _combine(scores, weights, combine, question_keys(images, prompts))
+
+    return call
+
+
+def _combine(scores: Sequence[Tensor], weights: Tensor, combine: str, keys: Keys) -> Tensor:
+    """Return the combination [N], float32, of the scores [N] of J judges."""
+    return COMBINATIONS[combine](torch.stack([each.cpu().double() for each in scores]), weights.double(), keys).float()
+
+
+def weighted_sum(scores: Tensor, weights: Tensor, keys: Keys) -> Tensor:
     """Return the weighted sum [N] of scores [J, N]."""
     return weights @ scores
 
 
-def standard_scores(scores: Tensor, weights: Tensor, prompts: Sequence[str]) -> Tensor:
+def standard_scores(scores: Tensor, weights: Tensor, keys: Keys) -> Tensor:
     """Return the weighted sum [N] of each judge's scores [J, N], centred and in units of its standard deviation.
 
-    The deviation is the pooled one of images of one prompt, since only these are compared. A judge that tells none of
+    The deviation is the pooled one of outputs of one prompt, since only these are compared. A judge that tells none of
     them apart adds 0.
     """
-    groups = list(_groups(prompts))
+    groups = groups_of(keys)
     squares = sum(
         ((scores[:, rows] - scores[:, rows].mean(1, keepdim=True)) ** 2).sum(1) for rows in groups
     ) + torch.zeros(len(scores), dtype=scores.dtype)
-    deviation = (squares / max(len(prompts) - len(groups), 1)).sqrt()
+    deviation = (squares / max(len(keys) - len(groups), 1)).sqrt()
     scale = torch.where(deviation > 0, weights / deviation, 0.0)
     return scale @ (scores - scores.mean(1, keepdim=True))
 
 
-def votes(scores: Tensor, weights: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Return half the log-odds [N] of an image's mean share of votes against the other images of its prompt.
+def votes(scores: Tensor, weights: Tensor, keys: Keys) -> Tensor:
+    """Return half the log-odds [N] of an output's mean share of votes against the other outputs of its prompt.
 
-    Each judge votes for the image with the higher score, and half for each of two equal ones. Between two images the
-    difference of scores is the log-odds of the share of votes, which counts as at least 1 %, at most 99 %. An image
+    Each judge votes for the output with the higher score, and half for each of two equal ones. Between two outputs the
+    difference of scores is the log-odds of the share of votes, which counts as at least 1 %, at most 99 %. An output
     alone has the score 0.
     """
-    result = torch.zeros(len(prompts), dtype=scores.dtype)
-    for rows in _groups(prompts):
+    result = torch.zeros(len(keys), dtype=scores.dtype)
+    for rows in groups_of(keys):
         if len(rows) > 1:
             own = scores[:, rows]
             wins = ((own[:, :, None] - own[:, None]).sign() + 1) / 2  # [J, K, K]
@@ -70,15 +82,29 @@ def votes(scores: Tensor, weights: Tensor, prompts: Sequence[str]) -> Tensor:
     return result
 
 
-def _groups(prompts: Sequence[str]) -> Sequence[list[int]]:
-    """Return the rows of each prompt."""
-    rows = defaultdict[str, list[int]](list)
-    for row, prompt in enumerate(prompts):
-        rows[prompt].append(row)
+def groups_of(keys: Keys) -> list[list[int]]:
+    """Return the rows of each key."""
+    rows = defaultdict[Hashable, list[int]](list)
+    for row, key in enumerate(keys):
+        rows[key].append(row)
     return list(rows.values())
 
 
-COMBINATIONS: dict[str, Callable[[Tensor, Tensor, Sequence[str]], Tensor]] = {
+def question_keys(images: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> list[str]:
+    """Return the key [N] of each prompt with its images."""
+    known = {id(image): image_key(image) for shown in images for image in shown}
+    keys = ([*(known[id(image)] for image in shown), prompt] for shown, prompt in zip(images, prompts, strict=True))
+    return ["\0".join(key) for key in keys]
+
+
+def image_key(image: Image.Image) -> str:
+    """Return 32 hex digits of an image's mode, size and pixels."""
+    digest = hashlib.blake2b(f"{image.mode} {image.size} ".encode(), digest_size=16)
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+COMBINATIONS: dict[str, Callable[[Tensor, Tensor, Keys], Tensor]] = {
     "sum": weighted_sum,
     "zscore": standard_scores,
     "vote": votes,

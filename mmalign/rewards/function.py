@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmalign.registry import import_function
 from mmalign.rewards import BatchConfig as Config
-from mmalign.rewards import ResponseJudge, as_scores, by_scores
+from mmalign.rewards import ResponseJudge, as_scores
 
 REMEDY = "correct the function (MMALIGN_TRACEBACK=1 shows the line of an error)"
 
@@ -35,9 +35,15 @@ class FunctionJudge:
         Raises:
             ValueError: the function raises an error, or returns anything but one finite number for each image.
         """
-        return self.scores(images, prompts)
+        return self._scores(images, prompts)
 
-    def scores(self, images: Sequence[object], prompts: Sequence[str], *more: Sequence[str]) -> Tensor:
+    def score_responses(
+        self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]
+    ) -> Tensor:
+        """Return scores [N] of responses, float32, on the CPU; the errors are those of images."""
+        return self._scores(images, prompts, responses)
+
+    def _scores(self, images: Sequence[object], prompts: Sequence[str], *more: Sequence[str]) -> Tensor:
         """Return scores [N]; the function gets the rows of all columns.
 
         Raises:
@@ -82,7 +88,7 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
     Raises:
         ValueError: it cannot be imported, or takes other arguments.
     """
-    return by_scores(FunctionJudge(path, _of_responses("reward.path", path), cfg.batch_size).scores)
+    return FunctionJudge(path, _of_responses("reward.path", path), cfg.batch_size).score_responses
 
 
 def check_responses(key: str, path: str) -> None:

@@ -27,7 +27,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from mmalign.reading import parse_as
-from mmalign.rewards import BatchConfig, ResponseJudge, as_scores, by_scores
+from mmalign.rewards import BatchConfig, ResponseJudge, as_scores
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
     Raises:
         ValueError: there is no such server.
     """
-    return by_scores(load(path, device, cfg).score_responses)
+    return load(path, device, cfg).score_responses
 
 
 def load(path: str, device: torch.device, cfg: Config) -> HttpJudge:

@@ -88,19 +88,27 @@ def test_responses_are_judged_and_compared(llava: Any, monkeypatch: pytest.Monke
         monkeypatch.setattr(module, "load_asker", lambda judge, path, device, cfg: asker(llava, cfg.batch_size))
     images, prompts = [[PICTURES["wide"]], [PICTURES["tall"]]], ["Is there a dog?", "Is there a car?"]
     first, second = ["Yes, there is.", "No."], ["No.", "Two cats."]
-    for name in ("vlm", "vlm_pairs"):
-        judge = load_response_judge(name, "none")
-        preferences = judge(images, prompts, first, second)
-        torch.testing.assert_close(judge(images, prompts, second, first), -preferences, rtol=1e-4, atol=1e-5)
-        assert (preferences != 0).all()
+    both = [*images, *images], [*prompts, *prompts], [*first, *second]
     question = "Question: {}\nAnswer: {}\nIs this answer right, and does the image show all that it says? "
     question += "Please answer yes or no."
     odds = [
         own_odds(llava, question.format(prompts[0], text), ["wide"], ("Yes", "No"))
         for text in ("Yes, there is.", "No.")
     ]
-    preferences = load_response_judge("vlm", "none")(images, prompts, first, second)
-    assert float(preferences[0]) == pytest.approx(odds[0] - odds[1], rel=1e-3, abs=1e-4)
+    scores = load_response_judge("vlm", "none")(*both)
+    torch.testing.assert_close(scores[[0, 2]], torch.tensor(odds), rtol=1e-3, atol=1e-4)
+    # Compared in both orders: the scores of a question's answers have the mean 0
+    compared = load_response_judge("vlm_pairs", "none")(*both)
+    question = "Question: {}\nAnswer 1: {}\nAnswer 2: {}\nWhich answer is right and says only what the image shows? "
+    question += "Please answer 1 or 2."
+    orders = [
+        own_odds(llava, question.format(prompts[0], *texts), ["wide"], ("1", "2"))
+        for texts in ((first[0], second[0]), (second[0], first[0]))
+    ]
+    assert float(compared[0] - compared[2]) == pytest.approx((orders[0] - orders[1]) / 2, rel=1e-3, abs=1e-4)
+    torch.testing.assert_close(compared[2:], -compared[:2])
+    assert (compared != 0).all()
+    assert load_response_judge("vlm_pairs", "none")(images, prompts, first).tolist() == [0, 0]  # nothing to compare
 
 
 def test_a_folder_is_loaded_and_its_scores_are_stored(

@@ -8,27 +8,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.rewards._combine import Combined, standard_scores, votes
+from mmalign.rewards._combine import combined, combined_responses, standard_scores, votes
 
 PROMPTS = ["a", "a", "b", "b"]
 SCORES = torch.tensor([[1.0, 3.0, 2.0, 6.0], [10.0, 0.0, 0.0, 20.0]], dtype=torch.float64)
 WEIGHTS = torch.tensor([2.0, 1.0], dtype=torch.float64)
 
 
-def combined(combine: str, scores: Tensor = SCORES, weights: Tensor = WEIGHTS) -> list[float]:
+def together(combine: str, scores: Tensor = SCORES, weights: Tensor = WEIGHTS) -> list[float]:
     def judge(row: Tensor) -> object:
         def call(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
             return row.float() if t is None else row.float() + t
 
         return call
 
-    model = Combined([judge(row) for row in scores], weights, combine)  # type: ignore[arg-type]
+    model = combined([judge(row) for row in scores], weights, combine)  # type: ignore[misc]
     return model([Image.new("RGB", (4, 4))] * len(PROMPTS), PROMPTS).tolist()
 
 
 def test_sum_adds_weighted_scores_and_passes_timesteps() -> None:
-    assert combined("sum") == [12, 6, 4, 32]
-    judge = Combined([lambda images, prompts, t=None: torch.zeros(2) + t] * 2, torch.tensor([1.0, 2.0]), "sum")
+    assert together("sum") == [12, 6, 4, 32]
+    judge = combined([lambda images, prompts, t=None: torch.zeros(2) + t] * 2, torch.tensor([1.0, 2.0]), "sum")
     assert judge([Image.new("RGB", (4, 4))] * 2, ["a", "b"], torch.tensor([1.0, 2.0])).tolist() == [3, 6]
 
 
@@ -39,28 +39,28 @@ def test_standard_scores_are_in_pooled_deviations_of_a_prompt() -> None:
     """
     first = [2 * x / math.sqrt(5) for x in (-2, 0, -1, 3)]
     second = [x / math.sqrt(125) for x in (2.5, -7.5, -7.5, 12.5)]
-    assert combined("zscore") == pytest.approx([x + y for x, y in zip(first, second, strict=True)])
+    assert together("zscore") == pytest.approx([x + y for x, y in zip(first, second, strict=True)])
 
 
 def test_standard_scores_ignore_a_judges_scale_and_a_judge_without_an_opinion() -> None:
     rescaled = torch.stack([SCORES[0] * 7 - 3, SCORES[1]])
-    assert combined("zscore", rescaled) == pytest.approx(combined("zscore"))
+    assert together("zscore", rescaled) == pytest.approx(together("zscore"))
     mute = torch.cat([SCORES, torch.tensor([[1.0, 1.0, 5.0, 5.0]], dtype=torch.float64)])  # equal within each prompt
     weights = torch.cat([WEIGHTS, torch.tensor([9.0], dtype=torch.float64)])
-    assert combined("zscore", mute, weights) == pytest.approx(combined("zscore"))
+    assert together("zscore", mute, weights) == pytest.approx(together("zscore"))
     alone = standard_scores(torch.tensor([[1.0, 2.0]]), torch.tensor([1.0]), ["a", "b"])
     assert alone.tolist() == [0, 0]  # nothing to compare
 
 
 def test_between_two_images_the_difference_is_the_log_odds_of_the_votes() -> None:
     """Prompt a: 2 of 3 votes for the second image. Prompt b: all for the second, which counts as 99 %."""
-    a, b, c, d = combined("vote")
+    a, b, c, d = together("vote")
     assert b - a == pytest.approx(math.log(2), abs=1e-6) and a == pytest.approx(-b)
     assert 1 / (1 + math.exp(c - d)) == pytest.approx(0.99, abs=1e-6)
 
 
 def test_votes_ignore_any_rising_function_of_a_judges_scores() -> None:
-    assert combined("vote", torch.stack([SCORES[0].exp(), SCORES[1] ** 3])) == combined("vote")
+    assert together("vote", torch.stack([SCORES[0].exp(), SCORES[1] ** 3])) == together("vote")
 
 
 def test_votes_between_three_images_and_ties() -> None:
@@ -69,3 +69,16 @@ def test_votes_between_three_images_and_ties() -> None:
     result = votes(scores, torch.ones(2, dtype=torch.float64), ["p"] * 3)
     torch.testing.assert_close(result, torch.tensor([5 / 8, 3 / 8, 1 / 2], dtype=torch.float64).logit() / 2)
     assert votes(scores, torch.ones(2, dtype=torch.float64), ["p", "q", "r"]).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("combine", ["sum", "zscore", "vote"])
+def test_responses_are_combined_as_images_are(combine: str) -> None:
+    """Answers to one question about images of one content are compared; those about another image are not."""
+
+    def judge(row: Tensor) -> object:
+        return lambda images, prompts, responses: row[[int(text) for text in responses]].float()
+
+    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+    images = [[red], [red.copy()], [blue], [blue]]
+    model = combined_responses([judge(row) for row in SCORES], WEIGHTS, combine)  # type: ignore[misc]
+    assert model(images, ["what?"] * 4, ["0", "1", "2", "3"]).tolist() == pytest.approx(together(combine))

@@ -107,10 +107,9 @@ def test_images_and_prompts_arrive_as_they_are(server: Scripted, images: list[Im
 def test_responses_are_sent_with_their_images(server: Scripted) -> None:
     server.reply = lambda request: (200, {"scores": [len(text) for text in request["responses"]]})
     judge = load_response_judge("http", server.url, batch_size=2)
-    preferences = judge([[GREY, WHITE], [], [WHITE]], ["a", "b", "c"], ["one", "four", ""], ["two", "six", "a"])
-    assert preferences.tolist() == [0, 1, -1]
-    assert [len(shown) for request in server.requests for shown in request["images"]] == [2, 0, 1, 2, 0, 1]
-    assert [request["prompts"] for request in server.requests] == [["a", "b"], ["c", "a"], ["b", "c"]]
+    assert judge([[GREY, WHITE], [], [WHITE]], ["a", "b", "c"], ["one", "four", ""]).tolist() == [3, 4, 0]
+    assert [len(shown) for request in server.requests for shown in request["images"]] == [2, 0, 1]
+    assert [request["prompts"] for request in server.requests] == [["a", "b"], ["c"]]
 
 
 def test_a_busy_server_is_asked_again(server: Scripted, log_lines: list[str]) -> None:

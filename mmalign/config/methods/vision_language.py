@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmalign.config.base import Choice, MethodConfig
-from mmalign.config.evaluation import DecodingConfig, Rewards
+from mmalign.config.evaluation import Combine, DecodingConfig, Rewards, check_combine
 from mmalign.config.judged_losses import GroupLossConfig, LambdaRankLossConfig
 from mmalign.config.methods._shared import ListMethodConfig, NumCachedDraws, ResponseMethodConfig, ThumbsMethodConfig
 from mmalign.config.preparation import BdhsConfig
@@ -26,15 +26,21 @@ class MixedConfig(DecodingConfig):
     )
     reward: Rewards | None = Field(
         None,
-        description="judge of responses in place of the annotator, or a list of several, whose weighted preferences "
-        "are added",
+        description="judge of responses in place of the annotator, or a list of several",
     )
+    combine: Combine = "sum"
     vocabulary: str = Field("refined", description="rules: refined or published (MSCOCO), crowds, or a JSON file")
 
     @model_validator(mode="after")
     def _one_annotator(self) -> MixedConfig:
         if self.reward is not None and self.annotator != type(self).model_fields["annotator"].default:
             raise ValueError("annotator and reward both order the answers; leave one out")
+        check_combine(self.reward, self.combine)
+        if self.combine == "zscore":
+            raise ValueError(
+                "combine: zscore would compare the two answers in units of the other pairs of their batch; use sum or "
+                "vote"
+            )
         return self
 
 

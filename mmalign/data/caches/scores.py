@@ -1,41 +1,42 @@
-"""Cache of judges' scores on disk, by the content of image and prompt."""
+"""Cache of judges' scores on disk, by the content of images and texts."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mmalign.data.caches.journal import AppendLog
-from mmalign.rewards import RewardModel
+from mmalign.rewards import ResponseJudge, RewardModel
+from mmalign.rewards._combine import question_keys
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 64  # images judged between two writes, for judges without batches of their own
+T = TypeVar("T")
+CHUNK = 64  # outputs judged between two writes, for judges without batches of their own
 
 
-class CachedJudge:
-    """Judge that looks up what it has scored before; new scores are written at once.
+class ScoreCache:
+    """Scores of one judge, in memory and in a file; new ones are written at once.
 
     Args:
-        judge: the judge whose scores are stored.
         folder: the folder of all judges' files.
         identity: the fingerprint of the judge, the name of its file.
-        chunk: images judged between two writes.
+        chunk: outputs judged between two writes.
         is_writer: false in all processes of a launch but one.
     """
 
-    def __init__(
-        self, judge: RewardModel, folder: Path, identity: str, *, chunk: int = CHUNK, is_writer: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, identity: str, *, chunk: int = CHUNK, is_writer: bool = True) -> None:
         file, job = folder / f"{identity}.jsonl", {"judge": identity}
-        self._judge, self._chunk, self._scores = judge, chunk, dict[str, float]()
+        self._chunk, self._scores = chunk, dict[str, float]()
         self._open_log = partial(AppendLog, file, job, list[tuple[str, float]], is_writer=is_writer)
         self._read_log()
 
@@ -44,11 +45,8 @@ class CachedJudge:
         self._log = self._open_log()
         self._scores |= {key: score for piece in self._log.entries for key, score in piece}
 
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
-        """Return scores [N], float32, on the CPU; scores of noisy images (with `t`) are not stored."""
-        if t is not None:
-            return self._judge(images, prompts, t)
-        keys = [_key(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+    def scores(self, keys: Sequence[str], judge: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        """Return the scores [N] of outputs by their keys, float32, on the CPU; `judge` scores rows without one."""
         if not self._scores.keys() >= set(keys):
             self._read_log()
         num_stored = sum(key in self._scores for key in keys)
@@ -57,16 +55,57 @@ class CachedJudge:
         new = [row for key, row in {key: row for row, key in enumerate(keys)}.items() if key not in self._scores]
         for start in range(0, len(new), self._chunk):
             rows = new[start : start + self._chunk]
-            scores = self._judge([images[row] for row in rows], [prompts[row] for row in rows]).tolist()
-            piece = list(zip([keys[row] for row in rows], scores, strict=True))
+            piece = list(zip([keys[row] for row in rows], judge(rows).tolist(), strict=True))
             self._log.append(piece)
             self._scores.update(piece)
         return torch.tensor([self._scores[key] for key in keys], dtype=torch.float32)
 
 
+@dataclass(frozen=True)
+class CachedJudge:
+    """Judge of images that looks up what it has scored before."""
+
+    judge: RewardModel
+    cache: ScoreCache
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
+        """Return scores [N], float32, on the CPU; scores of noisy images (with `t`) are not stored."""
+        if t is not None:
+            return self.judge(images, prompts, t)
+        keys = [_key(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        return self.cache.scores(keys, lambda rows: self.judge(_pick(images, rows), _pick(prompts, rows)))
+
+
+@dataclass(frozen=True)
+class CachedResponseJudge:
+    """Judge of responses that looks up what it has scored before."""
+
+    judge: ResponseJudge
+    cache: ScoreCache
+
+    def __call__(
+        self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]
+    ) -> Tensor:
+        """Return scores [N], float32, on the CPU."""
+        questions = zip(question_keys(images, prompts), responses, strict=True)
+        keys = [_digest(f"response {len(question)} ", question, response) for question, response in questions]
+        return self.cache.scores(
+            keys, lambda rows: self.judge(_pick(images, rows), _pick(prompts, rows), _pick(responses, rows))
+        )
+
+
+def _pick(column: Sequence[T], rows: Sequence[int]) -> list[T]:
+    return [column[row] for row in rows]
+
+
 def _key(image: Image.Image, prompt: str) -> str:
     """Return 32 hex digits of an image's mode, size and pixels, and of its prompt."""
-    digest = hashlib.blake2b(f"{image.mode} {image.size} {len(prompt)} ".encode(), digest_size=16)
-    digest.update(prompt.encode("utf-8", "surrogatepass"))
-    digest.update(image.tobytes())
+    return _digest(f"{image.mode} {image.size} {len(prompt)} ", prompt, image.tobytes())
+
+
+def _digest(*parts: str | bytes) -> str:
+    """Return 32 hex digits of texts and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
     return digest.hexdigest()

@@ -118,6 +118,8 @@ def requirements(cfg: Config) -> Requirements:
         pair_requirements(cfg, int(cfg.mode == "offline"), settings, compute=precompute),
         decoded_images=cfg.mode == "mixed",  # for the annotator
         reward=cfg.mixed.reward if cfg.mode == "mixed" else None,
+        combine=cfg.mixed.combine,
+        reward_key="method.mixed.reward",
         measured_by=cfg.model_copy(update={"mode": "offline"}) if cfg.mode != "offline" else None,
         check=partial(check, cfg),
     )
@@ -252,9 +254,9 @@ def _preferences(batch: EncodedResponses, mixed: MixedConfig, sampled: Sequence[
             for pair, shown, one in zip(pairs, images, sampled, strict=True)
         ]
     assert batch.judge is not None, "mixed.reward needs a judge of responses"
-    prompts = [as_text(pair.turns) for pair in pairs]
-    first, second = [one.first for one in sampled], [one.second for one in sampled]
-    preferences: list[float] = batch.judge(images, prompts, first, second).tolist()
+    answers = [*(one.first for one in sampled), *(one.second for one in sampled)]
+    first, second = batch.judge(images * 2, [as_text(pair.turns) for pair in pairs] * 2, answers).chunk(2)
+    preferences: list[float] = (first - second).tolist()
     return preferences
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.data.caches.fingerprint import fingerprint_judge
-from mmalign.data.caches.scores import CHUNK, CachedJudge
+from mmalign.data.caches.scores import CHUNK, CachedJudge, CachedResponseJudge, ScoreCache
 
 RED, BLUE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
 
@@ -33,29 +33,43 @@ class Counting:
 def test_a_second_run_judges_nothing_and_scores_the_same(tmp_path: Path) -> None:
     first, second = Counting(), Counting()
     images, prompts = [RED, BLUE, RED, RED], ["a", "a", "a", "bc"]
-    scores = CachedJudge(first, tmp_path, "x")(images, prompts)
+    scores = CachedJudge(first, ScoreCache(tmp_path, "x"))(images, prompts)
     assert first.judged == 3  # the first and the third are the same
-    torch.testing.assert_close(CachedJudge(second, tmp_path, "x")(images, prompts), scores, rtol=0, atol=0)
+    torch.testing.assert_close(CachedJudge(second, ScoreCache(tmp_path, "x"))(images, prompts), scores, rtol=0, atol=0)
     assert second.judged == 0 and scores.dtype == torch.float32
 
 
 def test_other_judges_images_and_prompts_are_judged(tmp_path: Path) -> None:
-    CachedJudge(Counting(), tmp_path, "x")([RED], ["a"])
+    CachedJudge(Counting(), ScoreCache(tmp_path, "x"))([RED], ["a"])
     for identity, image, prompt in (("y", RED, "a"), ("x", BLUE, "a"), ("x", RED, "b"), ("x", RED.resize((4, 4)), "a")):
         judge = Counting()
-        CachedJudge(judge, tmp_path, identity)([image], [prompt])
+        CachedJudge(judge, ScoreCache(tmp_path, identity))([image], [prompt])
         assert judge.judged == 1
     noisy = Counting()
-    cached = CachedJudge(noisy, tmp_path, "x")
+    cached = CachedJudge(noisy, ScoreCache(tmp_path, "x"))
     for _ in range(2):
         cached([RED], ["a"], torch.tensor([1.0]))
     assert noisy.judged == 2
 
 
+def test_scores_of_responses_are_stored_by_images_question_and_answer(tmp_path: Path) -> None:
+    judged = list[str]()
+
+    def judge(images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        judged.extend(responses)
+        return torch.tensor([float(len(text)) for text in responses])
+
+    images, prompts, responses = [[RED], [RED], [RED, BLUE], [RED]], ["a", "a", "a", "b"], ["x", "xyz", "x", "x"]
+    scores = CachedResponseJudge(judge, ScoreCache(tmp_path, "x"))(images, prompts, responses)
+    assert scores.tolist() == [1, 3, 1, 1] and len(judged) == 4
+    again = CachedResponseJudge(judge, ScoreCache(tmp_path, "x"))
+    assert again([[RED.copy()]], ["a"], ["xyz"]).tolist() == [3] and len(judged) == 4
+
+
 def test_judges_of_one_identity_share_their_scores(tmp_path: Path) -> None:
     """As the judge that chooses the best of n and the one that measures, or two runs with one `evaluate.cache`."""
     counting = Counting()
-    chooser, measure = (CachedJudge(counting, tmp_path, "x") for _ in range(2))
+    chooser, measure = (CachedJudge(counting, ScoreCache(tmp_path, "x")) for _ in range(2))
     scores = chooser([RED, BLUE], ["a", "a"])
     torch.testing.assert_close(measure([BLUE, RED], ["a", "a"]), scores.flip(0), rtol=0, atol=0)
     assert counting.judged == 2 and chooser([BLUE], ["a"]).tolist() == scores[1:].tolist()
@@ -65,8 +79,8 @@ def test_a_failing_judge_loses_no_score(tmp_path: Path) -> None:
     images, prompts = [RED] * 3 * CHUNK, [f"prompt {number}" for number in range(3 * CHUNK)]
     failing, rest = Counting(calls=2), Counting()
     with pytest.raises(ConnectionError):
-        CachedJudge(failing, tmp_path, "x")(images, prompts)
-    CachedJudge(rest, tmp_path, "x")(images, prompts)
+        CachedJudge(failing, ScoreCache(tmp_path, "x"))(images, prompts)
+    CachedJudge(rest, ScoreCache(tmp_path, "x"))(images, prompts)
     assert (failing.judged, rest.judged) == (2 * CHUNK, CHUNK)
 
 

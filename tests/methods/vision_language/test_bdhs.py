@@ -285,8 +285,9 @@ def test_an_annotator_orders_what_the_policy_says(
             assert longer == shorter == (given.pairs[index].chosen, given.pairs[index].rejected)
 
 
+@pytest.mark.parametrize("combine", ["sum", "vote"])
 def test_a_judge_orders_what_the_policy_says(
-    policy: Policy[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    combine: Any, policy: Policy[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two judges, of which the heavier one decides: the longer answer is chosen."""
     (tmp_path / "scoring.py").write_text(
@@ -300,10 +301,10 @@ def test_a_judge_orders_what_the_policy_says(
     monkeypatch.syspath_prepend(str(tmp_path))
     names = {"longer": 2.0, "shorter": 1.0}
     reward = [{"name": "function", "path": f"scoring:{name}", "weight": weight} for name, weight in names.items()]
-    mixed = {"share": 1.0, "reward": reward, "max_new_tokens": 5}
+    mixed = {"share": 1.0, "reward": reward, "max_new_tokens": 5, "combine": combine}
     cfg = bdhs.Config(mode="mixed", mixed=mixed)
-    assert bdhs.requirements(cfg).reward == cfg.mixed.reward
-    judge = build_response_judge(cfg.mixed.reward, torch.device("cpu"), allow_pickle=False)
+    assert (bdhs.requirements(cfg).reward, bdhs.requirements(cfg).combine) == (cfg.mixed.reward, combine)
+    judge = build_response_judge(cfg.mixed.reward, torch.device("cpu"), allow_pickle=False, combine=combine)
     given = replace(batch(policy.family, rows(tmp_path / "rows")), judge=judge)
     contrast, step = stepped(bdhs, policy, given, mode="mixed", mixed=mixed)
     own = step.metrics["own pairs"].bool().tolist()
@@ -315,6 +316,8 @@ def test_a_judge_orders_what_the_policy_says(
 def test_an_annotator_and_a_judge_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="annotator and reward both order the answers; leave one out"):
         bdhs.Config(mode="mixed", mixed={"annotator": "a:b", "reward": {"path": "x"}})
+    with pytest.raises(ValueError, match="zscore would compare the two answers in units of the other pairs"):
+        bdhs.Config(mode="mixed", mixed={"reward": [{"path": "x"}, {"path": "y"}], "combine": "zscore"})
 
 
 @pytest.mark.parametrize(
