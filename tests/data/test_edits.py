@@ -107,13 +107,13 @@ def test_a_source_is_cut_and_mirrored_as_its_pair(folder: Path) -> None:
     for example in examples:
         chosen, _, source = example["pixels"]
         assert torch.equal(chosen, source)
-        flips.add(bool(example["mirrored"][-1]))
+        flips.add(bool(example["mirrored"]))
     assert flips == {True, False}
     batch = reader.collate(list(pairs), examples, torch.ones(12))
     assert batch.sources is not None and batch.sources.pixels is not None and batch.pixels is not None
     assert torch.equal(batch.sources.pixels, batch.pixels[:12]) and len(batch.pixels) == 24
     assert sum(key.endswith("-mirrored") for key in batch.sources.keys) == sum(
-        bool(example["mirrored"][-1]) for example in examples
+        bool(example["mirrored"]) for example in examples
     )
 
 

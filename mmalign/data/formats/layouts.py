@@ -233,7 +233,7 @@ def find_layout(layouts: Sequence[Layout[Row]], name: str, columns: Mapping[str,
 def layouts_for(
     layouts: Sequence[Layout[Row]], thumbs: Layout[Row], learning: Learning, *, cut_pairs: bool
 ) -> Sequence[Layout[Row]]:
-    """Return the layouts whose rows can be read as `learning`: single outputs with labels, or several outputs."""
+    """Return the layout of thumbs for methods that learn from them, unless pairs are cut; else all other layouts."""
     return (thumbs,) if learning == "thumbs" and not cut_pairs else layouts
 
 

@@ -124,3 +124,8 @@ def collate_labels(pairs: Sequence[ImagePair] | Sequence[ResponsePair]) -> Label
         return None
     preference, margin, weight = torch.tensor([label[:3] for label in labels]).unbind(1)
     return Labels(preference, margin, weight, [label.annotator for label in labels])
+
+
+def pad_scores(scores: Sequence[Tensor]) -> Tensor:
+    """Return the scores [B, K] of rows of different lengths, NaN beyond a row's end."""
+    return torch.nn.utils.rnn.pad_sequence(list(scores), batch_first=True, padding_value=torch.nan)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.images import BadImage, ImageTransform, decode, image_key, is_flipped, prepare_pair
-from mmalign.data.loaders.batches import collate_labels
+from mmalign.data.loaders.batches import collate_labels, pad_scores
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.pairs import ImagePair, SkippedRow, pair_key
 from mmalign.data.shapes import Shapes
@@ -28,10 +28,10 @@ SAME_SIDES = "both images are the same"
 SAME_LATENTS = 1e-4  # bound of differences in rounding between batches of the encoder
 SIZES = "sizes"  # cache field with an image's micro-conditioning
 MEAN = "mean"  # cache field with an image's latents
-MIRRORED = "mirrored"
+MIRRORED = "mirrored"  # a flag of the row, for the key of its source
 SCORES = "scores"  # of each output, NaN for pairs
 
-ImageExample = dict[str, Tensor]  # every field of a row's images, pixels or cached ones, [K, ...]
+ImageExample = dict[str, Tensor]  # scores and flag of a row, and every field of its images, [K, ...]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class ImagePairReader:
         if isinstance(example, list):
             return example
         if pair.source is not None:
-            example[MIRRORED] = torch.tensor([is_flipped(self.transform.flip, u)] * len(pair.images))
+            example[MIRRORED] = torch.tensor(is_flipped(self.transform.flip, u))
         return {**example, SCORES: torch.tensor(pair.scores or [torch.nan] * len(pair.outputs))}
 
     def _decode(self, pair: ImagePair, u: Tensor) -> ImageExample | list[SkippedRow]:
@@ -166,10 +166,9 @@ class ImagePairReader:
                     for side in range(scores.shape[1])
                 ]
             )
-            for field in examples[0].keys() - {SCORES}
+            for field in examples[0].keys() - {SCORES, MIRRORED}
         }
         sizes, pixels = arrays.pop(SIZES), arrays.pop(PIXELS, None)
-        arrays.pop(MIRRORED, None)
         return ImagePairBatch(
             rows=[pair.row for pair in pairs],
             prompts=[pair.prompt for pair in pairs],
@@ -187,17 +186,12 @@ class ImagePairReader:
     def _sources(self, pairs: Sequence[ImagePair], examples: Sequence[ImageExample]) -> SourceImages:
         """Return the pairs' last images."""
         keys = [
-            image_key(pair.images[-1], self.shapes.of(pair), mirror=bool(example[MIRRORED][-1]))
+            image_key(pair.images[-1], self.shapes.of(pair), mirror=bool(example[MIRRORED]))
             for pair, example in zip(pairs, examples, strict=True)
         ]
         field = PIXELS if self.cache is None else MEAN
         images = torch.stack([example[field][-1] for example in examples])
         return SourceImages(keys, images, None) if self.cache is None else SourceImages(keys, None, images)
-
-
-def pad_scores(scores: Sequence[Tensor]) -> Tensor:
-    """Return the scores [B, K] of rows of different lengths, NaN beyond a row's end."""
-    return torch.nn.utils.rnn.pad_sequence(list(scores), batch_first=True, padding_value=torch.nan)
 
 
 def _are_equal(chosen: Image, rejected: Image) -> bool:

@@ -17,8 +17,7 @@ from torch import Tensor
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.image_features import cached_view
 from mmalign.data.images import BadImage, decode
-from mmalign.data.loaders.batches import EncodedResponses, collate_labels
-from mmalign.data.loaders.image_pairs import pad_scores
+from mmalign.data.loaders.batches import EncodedResponses, collate_labels, pad_scores
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.pairs import ImageRef, ResponsePair, SkippedRow, pair_key
 from mmalign.families.base import PromptProcessor, VisionLanguage

@@ -49,9 +49,9 @@ class Balance:
         return cls(liked, share)
 
     def apply(self, order: Sequence[int]) -> list[int]:
-        """Return as many numbers as `order` has, in its order: of the scarcer label some repeatedly, of the other some.
+        """Return as many numbers as `order` has, `share` of them liked; rows of one label alone stay as they are.
 
-        Rows of one label alone stay as they are.
+        Rows of the scarcer label recur, and some of the other are left out. Both are spread evenly.
         """
         sides = [[number for number in order if self.liked[number] == side] for side in (True, False)]
         if not all(sides):
