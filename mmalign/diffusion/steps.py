@@ -1,7 +1,7 @@
-"""Stochastic sampler steps from x_t to the x at the previous time, with their densities.
+"""Sampler steps from x_t to the x at the previous time, with the densities of stochastic ones.
 
 DDPM's processes take DDIM's step (arXiv:2010.02502, eq. 12 and 16). Flow matching takes the stochastic step of
-Flow-GRPO (arXiv:2505.05470). `grid` and `step` hide the difference.
+Flow-GRPO (arXiv:2505.05470), which without noise is Euler's. `grid` and `step` hide the difference.
 
 B is the number of rows; C, H, W are a latent's channels, height and width; S is the number of steps. All arithmetic is
 float32.
@@ -72,8 +72,8 @@ def step(schedule: Schedule, prediction: Tensor, x_t: Tensor, t: Tensor, prev: T
         x_t: the step's start [B, C, H, W].
         t: the time at its start [B].
         prev: the time at its end [B], nearer to the image.
-        eta: the amount of added noise, above 0. For DDPM's processes 1 adds as much as DDPM; for flow it is the
-            published `noise_level`. None is 1 and 0.7.
+        eta: the amount of added noise. For DDPM's processes 1 adds as much as DDPM; for flow it is the published
+            `noise_level`. None is 1 and 0.7. 0 is the deterministic step, with a std of 0 and no density.
     """
     prediction, x_t = prediction.float(), x_t.float()
     match schedule:

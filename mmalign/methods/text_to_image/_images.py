@@ -1,13 +1,22 @@
-"""Guided predictions and memory-bounded image decoding, shared by methods that judge partly denoised images."""
+"""Images that the policy generates: its sampler, guided predictions, memory-bounded decoding, and their judge.
+
+B prompts and k latents of each; C, H, W are a latent's channels, height and width; S is the number of steps.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.guidance import apply_guidance
+from mmalign.diffusion.steps import grid
+from mmalign.diffusion.walk import Walk
 from mmalign.families.base import TextToImage
+from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.families.types import Conditioning
+from mmalign.policy import Policy
+from mmalign.rng import KeyedRNG
 
 
 def predict_guided(
@@ -47,3 +56,56 @@ def decode_images(family: TextToImage, latents: Tensor) -> Tensor:
     at_once = min(8, max(1, 2**20 // (first.shape[-2] * first.shape[-1])))
     rest: tuple[Tensor, ...] = torch.split(latents[1:], at_once)
     return torch.cat([first, *(family.decode(some) for some in rest if len(some))])
+
+
+def policy_walk(
+    policy: Policy[TextToImage],
+    batch: EncodedPrompts,
+    rng: KeyedRNG,
+    *,
+    steps: int,
+    guidance: float,
+    eta: float | None,
+    stochastic: Tensor | None = None,
+    batch_size: int | None = None,
+) -> Walk:
+    """Return the policy's sampler for the prompts of a batch, with noise keyed by row.
+
+    Args:
+        policy: the policy.
+        batch: the prompts [B].
+        rng: the epoch's random numbers.
+        steps: S.
+        guidance: the guidance scale.
+        eta: the noise of a stochastic step; 0 for none.
+        stochastic: mask [S, B] of stochastic steps; None for all.
+        batch_size: latents that go through the network at once; None for all.
+    """
+    family, device, number = policy.family, batch.weights.device, len(batch.rows)
+    cond = family.condition(batch.text, batch.sizes)
+    unconditional = family.condition(batch.unconditional, batch.sizes)
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        parts: tuple[Tensor, ...] = torch.split(torch.arange(len(x), device=device), batch_size or len(x))
+        results = (
+            predict_guided(
+                family, policy.unwrapped, x[rows], t[rows], cond[rows % number], unconditional[rows % number], guidance
+            )
+            for rows in parts
+        )
+        return torch.cat(list(results))
+
+    def noise(k: int, index: int) -> Tensor:
+        return rng.normal(batch.rows, (k, *batch.shape), "step", index).to(device).transpose(0, 1)
+
+    return Walk(family.schedule, grid(family.schedule, steps).to(device), predict, noise, eta, stochastic)
+
+
+def judge_images(family: TextToImage, batch: EncodedPrompts, latents: Tensor, t: Tensor | None = None) -> Tensor:
+    """Return the reward model's scores [kB] of clean latents [kB, C, H, W], k for each prompt of the batch.
+
+    `t` are DDPM's timesteps [kB] at which the latents were predicted, for a reward model that reads them.
+    """
+    assert batch.reward_model is not None, "the method needs a reward model"
+    images = to_pil(decode_images(family, latents))
+    return batch.reward_model(images, list(batch.prompts) * (len(latents) // len(batch.rows)), t).to(latents.device)

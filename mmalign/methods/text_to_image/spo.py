@@ -33,13 +33,13 @@ from torch import Tensor, nn
 from mmalign.config.methods import SPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.steps import Gaussian, grid, step, timestep
+from mmalign.diffusion.walk import Walk
 from mmalign.families.base import TextToImage
-from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.families.types import Conditioning
 from mmalign.losses import pairwise as losses
 from mmalign.methods import Requirements, Step
 from mmalign.methods._pair_loss import preference_step
-from mmalign.methods.text_to_image._images import decode_images, predict_guided
+from mmalign.methods.text_to_image._images import judge_images, policy_walk, predict_guided
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
@@ -150,22 +150,23 @@ def preferred_steps(
 ) -> Iterator[Preferred]:
     """Yield the pairs of steps in which the reward model is sure, along one trajectory for every prompt."""
     # Steps before the first candidates
-    walk = _Walk(policy, batch, cfg, rng)
-    x = rng.normal(batch.rows, batch.shape, "start").to(walk.device)
+    walk = policy_walk(policy, batch, rng, steps=cfg.steps, guidance=cfg.guidance, eta=cfg.eta)
+    x = rng.normal(batch.rows, batch.shape, "start").to(walk.times.device)
     for step_index in range(cfg.start):
-        x = walk.steps(x[None], step_index, walk.predict(x[None], step_index))[0]
-    prediction, everyone = walk.predict(x[None], cfg.start), torch.arange(len(x), device=walk.device)
+        x = walk.step(x[None], step_index, walk.prediction(x[None], step_index))[0]
+    prediction, everyone = walk.prediction(x[None], cfg.start), torch.arange(len(x), device=x.device)
     for step_index in range(cfg.start, cfg.steps, cfg.inner_steps + 1):
         # Candidates, and the pairs of steps that led to the best and the worst
-        path, predictions = walk.branches(x, step_index, prediction)
-        best, worst, sure = best_and_worst(walk.judged(path[-1], step_index + len(path), predictions), cfg.threshold)
+        path, predictions = _branches(walk, x, step_index, prediction, cfg)
+        scores = _judge(policy.family, batch, path[-1], walk.times[step_index + len(path)], predictions)
+        best, worst, sure = best_and_worst(scores, cfg.threshold)
         for b in (sure & (batch.weights > 0)).nonzero().flatten().tolist():
             sides = torch.stack([best[b], worst[b]])
             places = [x[b][None], *(place[sides, b] for place in path)]
             for k, (start, to) in enumerate(pairwise(places)):
                 yield Preferred(b, step_index + k, start, to)
         # The trajectory continues from a random candidate
-        survivor = rng.integers(batch.rows, 0, cfg.candidates, "survivor", step_index).to(walk.device)
+        survivor = rng.integers(batch.rows, 0, cfg.candidates, "survivor", step_index).to(x.device)
         x = path[-1][survivor, everyone]
         prediction = predictions[survivor, everyone][None] if predictions is not None else prediction
 
@@ -206,54 +207,26 @@ def _contrast(
     return Contrast(view, reference_scores, torch.full((len(pairs),), weight, device=device), sure)
 
 
-class _Walk:
-    """The policy's sampling trajectories from noise to images: k latents for each of the B prompts, [k, B, ...]."""
+def _branches(
+    walk: Walk, x: Tensor, step_index: int, prediction: Tensor, cfg: Config
+) -> tuple[list[Tensor], Tensor | None]:
+    """Return the candidates' latents [K, B, C, H, W] after each step, and the predictions at the last.
 
-    def __init__(self, policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> None:
-        self.family, self.net, self.batch, self.cfg, self.rng = policy.family, policy.unwrapped, batch, cfg, rng
-        self.device = batch.weights.device
-        self.times = grid(self.family.schedule, cfg.steps).to(self.device)
-        self.cond = self.family.condition(batch.text, batch.sizes)
-        self.unconditional = self.family.condition(batch.unconditional, batch.sizes)
+    The predictions are None after the sampler's last step.
+    """
+    path = [walk.step(x[None], step_index, prediction, cfg.candidates)]
+    for k in range(step_index + 1, step_index + 1 + cfg.inner_steps):
+        path.append(walk.step(path[-1], k, walk.prediction(path[-1], k)))
+    end = step_index + len(path)
+    return path, walk.prediction(path[-1], end) if end < cfg.steps else None
 
-    def predict(self, x: Tensor, step_index: int) -> Tensor:
-        """Return the guided prediction [k, B, C, H, W] before step `step_index`."""
-        k, flat = len(x), x.flatten(0, 1)
-        cond, unconditional = self.cond.repeat(k), self.unconditional.repeat(k)
-        t = self.times[step_index].expand(len(flat))
-        prediction = predict_guided(self.family, self.net, flat, t, cond, unconditional, self.cfg.guidance)
-        return prediction.view_as(x)
 
-    def steps(self, x: Tensor, step_index: int, prediction: Tensor, candidates: int = 1) -> Tensor:
-        """Take step `step_index` with keyed noise: from [k, B, ...] to [k, B, ...], or from one to all candidates."""
-        k = max(len(x), candidates)
-        t, prev = (self.times[i].expand(x.shape[0] * x.shape[1]) for i in (step_index, step_index + 1))
-        law = step(self.family.schedule, prediction.flatten(0, 1), x.flatten(0, 1), t, prev, self.cfg.eta)
-        noise = (
-            self.rng.normal(self.batch.rows, (k, *self.batch.shape), "step", step_index).to(self.device).transpose(0, 1)
-        )
-        return law.mean.view_as(x) + law.std.view(*x.shape[:2], 1, 1, 1) * noise
+def _judge(family: TextToImage, batch: EncodedPrompts, x: Tensor, time: Tensor, prediction: Tensor | None) -> Tensor:
+    """Return the reward model's scores [K, B] of the clean images predicted at a time.
 
-    def branches(self, x: Tensor, step_index: int, prediction: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Return the candidates' latents [K, B, C, H, W] after each step, and the predictions at the last.
-
-        The predictions are None after the sampler's last step.
-        """
-        path = [self.steps(x[None], step_index, prediction, self.cfg.candidates)]
-        for k in range(step_index + 1, step_index + 1 + self.cfg.inner_steps):
-            path.append(self.steps(path[-1], k, self.predict(path[-1], k)))
-        end = step_index + len(path)
-        return path, self.predict(path[-1], end) if end < self.cfg.steps else None
-
-    def judged(self, x: Tensor, step_index: int, prediction: Tensor | None) -> Tensor:
-        """Return the reward model's scores [K, B] of the clean images predicted before step `step_index`.
-
-        Without a prediction, `x` holds finished images.
-        """
-        assert self.batch.reward_model is not None, "spo needs a reward model"
-        schedule, flat = self.family.schedule, x.flatten(0, 1)
-        t = self.times[step_index].expand(len(flat))
-        clean = flat if prediction is None else schedule.to_clean(prediction.flatten(0, 1), flat, t)
-        images = to_pil(decode_images(self.family, clean))
-        scores = self.batch.reward_model(images, list(self.batch.prompts) * len(x), timestep(schedule, t))
-        return scores.to(self.device).view(len(x), len(self.batch.rows))
+    Without a prediction, `x` holds finished images.
+    """
+    schedule, flat = family.schedule, x.flatten(0, 1)
+    t = time.expand(len(flat))
+    clean = flat if prediction is None else schedule.to_clean(prediction.flatten(0, 1), flat, t)
+    return judge_images(family, batch, clean, timestep(schedule, t)).view(len(x), len(batch.rows))
