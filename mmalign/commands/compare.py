@@ -24,7 +24,7 @@ from mmalign.atomic_io import atomic_write
 from mmalign.commands import evaluate, prepare, train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
-from mmalign.evaluation.best_of import kl_bound
+from mmalign.evaluation.best_of import describe_bound
 from mmalign.evaluation.comparison import TableRow, add_differences
 from mmalign.evaluation.metrics import summarize_runs
 from mmalign.modalities import Samples, modality_of
@@ -267,8 +267,7 @@ def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow
             repeated = [best] * len(trained[0])
             by_benchmark = zip(base, zip(*repeated, strict=True), strict=True)
             measured = [(before, summarize_runs(before, after)) for before, after in by_benchmark]
-            bound = f"KL <= {kl_bound(n):.2f} nats"
-            of_length.append(TableRow(f"best of {n}", bound, length, len(repeated), 0, 0.0, measured))
+            of_length.append(TableRow(f"best of {n}", describe_bound(n), length, len(repeated), 0, 0.0, measured))
             trained.append(repeated)
         rows += add_differences(rows[0], of_length, trained, BASELINES)
     return rows

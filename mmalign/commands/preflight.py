@@ -18,6 +18,7 @@ from mmalign.families import compile, quantize
 from mmalign.methods import Requirements
 from mmalign.modalities import modality_of
 from mmalign.modalities.loading import DTYPES, check_method_judge
+from mmalign.modalities.validation import check_implicit
 from mmalign.training.launch import check_launch
 from mmalign.training.optim import build_optimizer
 
@@ -98,6 +99,7 @@ def check_annotators(needs: Requirements, pairs: Pairs[Any]) -> None:
 def _check_evaluation(recipe: Recipe, *, fails: bool) -> None:
     """Check the `evaluate` section; if it `fails` no command, only warn."""
     try:
+        check_implicit(recipe)
         modality_of(recipe).check_evaluation(recipe)
     except ValueError as error:
         if fails:

@@ -17,9 +17,9 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def label(n: int) -> str:
-    """Return the name of best of n, with its divergence."""
-    return f"best of {n} (KL <= {kl_bound(n):.2f} nats)"
+def describe_bound(n: int) -> str:
+    """Return the bound in words."""
+    return f"KL <= {kl_bound(n):.2f} nats"
 
 
 def candidate_seeds(seeds: Sequence[int], n: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mmalign.evaluation.best_of import best_candidates, candidate_seeds, kl_bound, label
+from mmalign.evaluation.best_of import best_candidates, candidate_seeds, describe_bound, kl_bound
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,4 @@ def test_candidates_begin_with_the_image_and_share_no_seed() -> None:
     assert candidates[0] == seeds
     assert len({seed for row in candidates for seed in row}) == 64 * 300
     assert max(max(row) for row in candidates) < 2**63
-    assert label(4) == f"best of 4 (KL <= {math.log(4) - 0.75:.2f} nats)"
+    assert describe_bound(4) == f"KL <= {math.log(4) - 0.75:.2f} nats"

@@ -106,6 +106,12 @@ class Prompt(NamedTuple):
     source: ImageRef | None = None
 
 
+def sources_of(prompts: Sequence[Prompt]) -> list[ImageRef] | None:
+    """Return the source image of each prompt, or None if they have none."""
+    sources = [prompt.source for prompt in prompts if prompt.source is not None]
+    return sources or None
+
+
 def read_prompt_rows(key: str, path: Path) -> list[Prompt]:
     """Read the prompts of a text file, or of a table with `prompt` and perhaps `source`.
 

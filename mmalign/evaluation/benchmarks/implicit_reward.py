@@ -105,11 +105,8 @@ def response_scores(family: VisionLanguage) -> Score[EncodedResponses]:
     """Return a function that computes log-probabilities of whole responses, in nats, without random numbers."""
 
     def score(batch: EncodedResponses, rng: KeyedRNG, index: int) -> Callable[[nn.Module], Scores]:
-        views = [f"{number}" for number in range(len(batch.tokens.ids) // len(batch.rows))]
-
         def run(net: nn.Module) -> Scores:
-            each = _responses.response_scores(family, net, batch, views=views)
-            return _sides(torch.cat([each[view] for view in views]), batch)
+            return _sides(_responses.response_scores(family, net, batch, views=["outputs"])["outputs"], batch)
 
         return run
 

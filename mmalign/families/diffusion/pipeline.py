@@ -92,17 +92,15 @@ class LatentModel(ABC):
                 text = self.pipeline_kwargs(prompts, sampling)
             else:
                 text = self.edit_kwargs(prompts, sampling, sources)
-            attached = self.attached(net, sources, shape)
+            attached = self.attached(net, sources)
             stage(encoders["vae"], net)
             with self.loading.autocast(), attached:
                 sampled = sample(self.sampling_pipeline, net, text, seeds, sampling, size, shape, self.pack)
             stage(encoders["vae"])
             return to_pil(self.decode(self.unpack(sampled, *shape[1:])))
 
-    def attached(
-        self, net: nn.Module, sources: Tensor | None, shape: tuple[int, int, int]
-    ) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which `net` gets sources that no argument passes on, beside latents of a shape."""
+    def attached(self, net: nn.Module, sources: Tensor | None) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which `net` gets sources that no argument passes on."""
         return contextlib.nullcontext()
 
     @property

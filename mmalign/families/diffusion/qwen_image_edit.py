@@ -73,16 +73,14 @@ class QwenImageEdit(QwenImage):
         empty = self.unconditional_edits(sources) if sampling.guidance > 1 else None
         return guided(self.encode_edits(prompts, sources), empty, sampling.guidance)
 
-    def attached(
-        self, net: nn.Module, sources: Tensor | None, shape: tuple[int, int, int]
-    ) -> contextlib.AbstractContextManager[None]:
-        """Append the sources' tokens to those of Qwen-Image's loop.
+    def attached(self, net: nn.Module, sources: Tensor | None) -> contextlib.AbstractContextManager[None]:
+        """Append the sources' tokens to those of Qwen-Image's loop, for images of the sources' size.
 
         The pipeline's own loop scales a source to one megapixel, whatever the size of the edited image.
         """
         assert sources is not None, "encode_prompts names the missing source"
         x = self.encode_images(sources).mean
-        shapes = [[patches(torch.empty(shape)), patches(x)]] * len(x)
+        shapes = [[patches(x)] * 2] * len(x)
         return flow_matching.attached(net, flow_matching.pack(x), img_shapes=shapes)
 
     @property

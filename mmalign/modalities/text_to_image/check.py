@@ -13,7 +13,6 @@ from mmalign.methods import requirements_of
 from mmalign.modalities.loading import check_reward_model
 from mmalign.modalities.prompts import read_prompt_pairs, read_prompts
 from mmalign.modalities.text_to_image.model import check_prompt_sources, source_use
-from mmalign.modalities.validation import check_implicit
 from mmalign.resources import locate
 from mmalign.rewards import COMPARING
 
@@ -34,9 +33,8 @@ def check_evaluation(recipe: Recipe) -> None:
     """Check the `evaluate` section.
 
     Raises:
-        ValueError: a file, a reward model or a size is invalid, or the data have no sides to compare.
+        ValueError: a file, a reward model or a size is invalid.
     """
-    check_implicit(recipe)
     if isinstance(recipe.evaluate, EvaluateImages):
         _check_sampling("evaluate", recipe, recipe.evaluate)
 

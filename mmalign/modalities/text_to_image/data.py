@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mmalign.config import ImageData, ImageSize, Recipe
 from mmalign.data.caches import fingerprint
@@ -109,7 +110,7 @@ def build_data_module(
     # Text embeddings, cached or encoded in every batch
     family.place(*encoders.values())
     unconditional = None if edits else family.unconditional()
-    text = _fill_text(family, sources, data, output, accelerator, edits) if data.cache != "off" else None
+    text = _fill_text(family, encoders, sources, data, output, accelerator, edits) if data.cache != "off" else None
     encoder = Encoder(family, unconditional, text, needs.prompt_pairs, reward_model)
     open_all = partial(open_loaders, splits=splits, accelerator=accelerator, batch_size=batch_size, seed=seed)
     _warn_truncated(family, sources)
@@ -200,17 +201,17 @@ def _warn_truncated(family: TextToImage, sources: Sequence[Pairs[Any]]) -> None:
 
 def _fill_text(
     family: TextToImage,
+    encoders: Mapping[str, nn.Module],
     sources: Sequence[Pairs[Any]],
     data: ImageData,
     output: Path,
     accelerator: Accelerator,
     edits: Sequence[ImageViews],
 ) -> ArrayCache:
-    """Return the cache of text embeddings, filled; the text encoders then move to the CPU.
+    """Return the cache of text embeddings, filled; the text encoders, `encoders`, then move to the CPU.
 
     `edits` are the views of the pairs' sources, if the text encoder sees them.
     """
-    encoders = {name: net for name, net in family.encoders() if name != "vae"}
     depends = {name: fingerprint.fingerprint_network(net) for name, net in encoders.items()}
     depends["tokenizers"] = fingerprint.fingerprint_tokenizer(family)
     text = ArrayCache.open(cache_folder(data, output) / "text", depends)

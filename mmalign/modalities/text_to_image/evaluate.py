@@ -20,7 +20,7 @@ from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
 from mmalign.data.data_module import Splits
 from mmalign.data.formats.image_layouts import SOURCE
-from mmalign.data.formats.prompts import Prompt
+from mmalign.data.formats.prompts import Prompt, sources_of
 from mmalign.data.pairs import ImageRef
 from mmalign.evaluation import best_of
 from mmalign.evaluation.benchmarks import diversity, implicit_reward, preference, scenes
@@ -37,7 +37,7 @@ from mmalign.rewards import RewardModel
 logger = logging.getLogger(__name__)
 
 
-Sample = dict[str, Any]  # prompt, seed, and the measurements of the images before and after
+Sample = dict[str, Any]  # prompt, seed, measurements before and after; of an edit, its source and group too
 
 
 def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) -> Measure:
@@ -104,10 +104,10 @@ def compare_images(
         rewards = reward_model(judged, prompts * len(images)).tolist()
         for record, reward in zip((x for side in images for x in records[side]), rewards, strict=True):
             record.update(judged=reward, score=reward, note="")
+    # Images of one prompt are compared if they edit one source
+    groups = prompts if sources is None else [f"{p} ({ref.key})" for p, ref in zip(prompts, sources, strict=True)]
     for side, side_images in images.items():
-        # Images of one prompt are compared if they edit one source
-        alike = prompts if sources is None else [f"{p}\0{ref.key}" for p, ref in zip(prompts, sources, strict=True)]
-        _measure(section, side_images, alike, records[side])
+        _measure(section, side_images, groups, records[side])
         (folder / side).mkdir()
         for index, image in enumerate(side_images):
             image.save(folder / side / f"{index:05d}.png")
@@ -119,8 +119,8 @@ def compare_images(
     ]
     if sources is not None:
         _write_sources(policy.family, sources, section.sampling, folder / SOURCE)
-        for sample, source in zip(samples, sources, strict=True):
-            sample[SOURCE] = source.location
+        for sample, source, group in zip(samples, sources, groups, strict=True):
+            sample |= {SOURCE: source.location, "group": group}
     result, table = _compare(section.benchmark, samples)
     content = {"of": identity, "score": _score_name(section), "table": table, "samples": samples}
     (folder / "samples.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -143,12 +143,6 @@ def _write_sources(family: TextToImage, sources: Sequence[ImageRef], sampling: S
     for index, source in enumerate(sources):
         (image,) = to_pil(read_sources(family, [source], sampling))
         image.save(folder / f"{index:05d}.png")
-
-
-def sources_of(prompts: Sequence[Prompt]) -> list[ImageRef] | None:
-    """Return the source image of each prompt, or None if they have none."""
-    sources = [prompt.source for prompt in prompts if prompt.source is not None]
-    return sources or None
 
 
 def _prompts_and_seeds(section: EvaluateImages) -> tuple[list[Prompt], list[int]]:
@@ -190,7 +184,9 @@ def _compare(benchmark: str, samples: Sequence[Sample]) -> tuple[dict[str, Any],
     for n, measured in chosen.items():
         comparisons = [compare(base, best) for base, best in zip(before, measured, strict=True)]
         numbers[str(n)] = {"kl_bound": best_of.kl_bound(n)} | {x.before.benchmark: x.as_dict() for x in comparisons}
-        table.append((best_of.label(n), "images", "before", "best", "change [95 % interval]"))
+        table.append(
+            (f"best of {n} ({best_of.describe_bound(n)})", "images", "before", "best", "change [95 % interval]")
+        )
         rows = [row for comparison in comparisons for row in comparison.table()[1:]]
         table += [(label, str(len(samples)), *cells) for label, *cells in rows]
     if chosen:
@@ -219,7 +215,7 @@ def _measure_side(samples: Sequence[Mapping[str, Any]], records: Sequence[Mappin
 
     Images of one prompt, or of one edit of a source, depend on each other.
     """
-    groups = tuple(f"{s['prompt']} ({s[SOURCE]})" if SOURCE in s else s["prompt"] for s in samples)
+    groups = tuple(sample.get("group", sample["prompt"]) for sample in samples)
     keys = tuple((sample["prompt"], sample["seed"]) for sample in samples)
     metrics = list[Metrics]()
     if "parts" in records[0]:

@@ -17,11 +17,10 @@ from PIL import Image
 from mmalign.config import ImageModel, PrepareImages, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
-from mmalign.data.formats.prompts import Prompt
+from mmalign.data.formats.prompts import Prompt, sources_of
 from mmalign.evaluation.generate_images import cache_settings, generate_images
 from mmalign.modalities import loading
 from mmalign.modalities.prompts import load_prompt_pairs, load_prompts
-from mmalign.modalities.text_to_image.evaluate import sources_of
 from mmalign.rewards import RewardModel
 from mmalign.synthesis.rejected_responses import Writer
 from mmalign.synthesis.unfinished import is_written, unfinished

@@ -7,13 +7,12 @@ from torch import nn
 
 from mmalign.config import EvaluateImages, ImageData, Recipe, SamplingConfig
 from mmalign.data.data_module import Splits
-from mmalign.data.formats.prompts import Prompt
+from mmalign.data.formats.prompts import Prompt, sources_of
 from mmalign.evaluation.generate_images import read_sources
 from mmalign.families.base import TextToImage
 from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.modalities import Previews
 from mmalign.modalities.prompts import read_prompts
-from mmalign.modalities.text_to_image.evaluate import sources_of
 from mmalign.modalities.text_to_image.model import check_prompt_sources
 
 
@@ -43,22 +42,22 @@ def open_previews(family: TextToImage, recipe: Recipe, splits: Splits) -> Previe
     else:
         pairs = splits[1] or splits[0]
         every = (Prompt(pair.prompt, pair.source) for pair in (pairs[index] for index in range(len(pairs))))
-        asked = list({(text, source and source.key): Prompt(text, source) for text, source in every}.values())[:wanted]
+        asked = list({(prompt.text, prompt.source and prompt.source.key): prompt for prompt in every}.values())[:wanted]
     prompts, sources = [prompt.text for prompt in asked], sources_of(asked)
     sampling = SamplingConfig(resolution=recipe.data.resolution)
     if isinstance(section, EvaluateImages):
         sampling = section.sampling
+    shown = read_sources(family, sources, sampling) if sources is not None else None
     seeds = [recipe.train.seed * 1_000_003 + index for index in range(len(prompts))]
 
     def generate(net: nn.Module) -> list[Image.Image]:
         images = list[Image.Image]()
         for start in range(0, len(prompts), sampling.batch_size):
             batch = slice(start, start + sampling.batch_size)
-            shown = read_sources(family, sources[batch], sampling) if sources is not None else None
-            images += family.sample(net, prompts[batch], seeds[batch], sampling, shown)
+            edited = shown[batch] if shown is not None else None
+            images += family.sample(net, prompts[batch], seeds[batch], sampling, edited)
         return images
 
     settings = {"seeds": seeds, "sampling": sampling.model_dump()}
     settings |= {"sources": [source.key for source in sources]} if sources is not None else {}
-    shown = to_pil(read_sources(family, sources, sampling)) if sources is not None else []
-    return Previews(prompts, shown, settings, generate)
+    return Previews(prompts, to_pil(shown) if shown is not None else [], settings, generate)

@@ -8,7 +8,6 @@ from mmalign.config import Coco, EvaluateResponses, Files, Recipe, ResponseData
 from mmalign.data.formats.responses import check_source
 from mmalign.methods import requirements_of
 from mmalign.modalities.prompts import located
-from mmalign.modalities.validation import check_implicit
 from mmalign.resources import locate, resolve
 
 
@@ -16,9 +15,8 @@ def check_evaluation(recipe: Recipe) -> None:
     """Check the files of the `evaluate` section.
 
     Raises:
-        ValueError: a file or a folder is missing, or the data have no sides to compare.
+        ValueError: a file or a folder is missing.
     """
-    check_implicit(recipe)
     if isinstance(recipe.evaluate, EvaluateResponses):
         _check_question_files(recipe.evaluate)
 
