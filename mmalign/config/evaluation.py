@@ -53,10 +53,10 @@ def check_combine(reward: Rewards | None, combine: Combine) -> None:
 
 
 class BestOf(Section):
-    """Settings of best of n: the base model's best image of n, by a judge, without training."""
+    """Settings of best of n: the base model's best output of n, by a judge, without training."""
 
     n: list[Annotated[int, Field(ge=2)]] = Field(
-        [4], min_length=1, description="images of a prompt and seed to choose from, one or several numbers"
+        [4], min_length=1, description="outputs to choose from, one or several numbers"
     )
     reward: Rewards = Field(
         description="reward model that chooses, or a list of several; best not the one that measures"
@@ -67,6 +67,12 @@ class BestOf(Section):
     def _combined(self) -> BestOf:
         check_combine(self.reward, self.combine)
         return self
+
+
+class BestOfAnswers(BestOf):
+    """Settings of best of n for answers."""
+
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of the answers to choose from")
 
 
 class SamplingConfig(Section):
@@ -194,6 +200,9 @@ class EvaluateResponses(Evaluate):
         "hedge, a refusal or another unclear answer is neither (strict; auto for amber)",
     )
     answers: AnswerFiles | None = None
+    reward: Rewards | None = Field(None, description="judge of responses for a win rate, or a list of several")
+    combine: Combine = "sum"
+    best_of: BestOfAnswers | None = Field(None, description="best of n answers of the base model, measured alike")
     decoding: DecodingConfig = DecodingConfig()
     cache: str = Field("auto", description="folder for generated answers, or auto (in the output)")
 
@@ -206,6 +215,9 @@ class EvaluateResponses(Evaluate):
                 raise ValueError(
                     f"benchmark {self.benchmark} takes no {name!r} but {', '.join(sorted(takes))}; leave it out"
                 )
+        check_combine(self.reward, self.combine)
+        if self.answers is not None and (self.reward is not None or self.best_of is not None):
+            raise ValueError("answers are scored without a model; leave reward and best_of out, or answers")
         # Files that it needs, in the form that it reads
         if self.benchmark in ("chair", "object_halbench", "amber") and self.annotations is None:
             raise ValueError(f"benchmark {self.benchmark} needs the objects of the images; add annotations")
@@ -231,9 +243,10 @@ class EvaluateResponses(Evaluate):
 
 
 # Settings of each benchmark of responses besides its name and a seed.
-_ASKED = ("annotations", "images", "answers", "decoding", "cache")
+_JUDGED = ("reward", "combine", "best_of", "decoding", "cache")
+_ASKED = ("annotations", "images", "answers", *_JUDGED)
 _TAKES: dict[str, tuple[str, ...]] = {
-    "crowds": ("num_images", "split", "decoding", "cache"),
+    "crowds": ("num_images", "split", *_JUDGED),
     "pope": (*_ASKED, "questions", "labels", "suffix", "parse"),
     "chair": (*_ASKED, "questions", "prompt", "vocabulary"),
     "object_halbench": (*_ASKED, "questions", "prompt", "vocabulary"),

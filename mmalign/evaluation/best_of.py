@@ -7,7 +7,10 @@ A baseline for methods that learn from the same judge: its KL divergence from th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmalign.evaluation.metrics import Metrics, Table, compare
 
 STRIDE = 10_000_000_019  # between the seeds of an image's candidates, more than the number of images
 
@@ -35,3 +38,23 @@ def best_candidates(scores: Sequence[Sequence[float]], n: int) -> list[int]:
         n: the number of candidates to choose from.
     """
     return [max(range(n), key=lambda number: column[number]) for column in zip(*scores[:n], strict=True)]
+
+
+def report(
+    before: Sequence[Metrics], chosen: Mapping[int, Sequence[Metrics]], count: Sequence[str] = ()
+) -> tuple[dict[str, dict[str, Any]], Table]:
+    """Compare the best of n with the base model; return numbers by n for result.json, and a table.
+
+    Args:
+        before: the base model's metrics.
+        chosen: the metrics of the best outputs, by n.
+        count: a further column after the first: its header and its value.
+    """
+    numbers, table, header = dict[str, dict[str, Any]](), list[tuple[str, ...]](), count[:1]
+    for n, measured in chosen.items():
+        comparisons = [compare(base, best) for base, best in zip(before, measured, strict=True)]
+        numbers[str(n)] = {"kl_bound": kl_bound(n)} | {x.before.benchmark: x.as_dict() for x in comparisons}
+        table.append((f"best of {n} ({describe_bound(n)})", *header, "before", "best", "change [95 % interval]"))
+        rows = [row for comparison in comparisons for row in comparison.table()[1:]]
+        table += [(name, *count[1:], *cells) for name, *cells in rows]
+    return numbers, table

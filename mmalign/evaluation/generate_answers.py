@@ -1,5 +1,7 @@
 """Generation of a model's and its base model's answers to the same questions, with a cache.
 
+For best of n the base model also answers n times.
+
 Each model has a cache file with one line for each answer, written batch by batch. A stopped run therefore resumes after
 its last batch. All benchmarks and runs share the answers, so no question is asked twice.
 """
@@ -39,13 +41,32 @@ RunOnModel = Callable[[Callable[[nn.Module], GeneratedAnswers]], GeneratedAnswer
 class Answers:
     """Answers of the reference and of the policy to each question, and the images whose questions are left out.
 
-    `num_cut` has for both models the number of answers that were cut at the limit of new tokens.
+    `num_cut` has for both models the number of answers that were cut at the limit of new tokens. `candidates` are
+    further answers of the reference to each question.
     """
 
     before: AnswersByQuestion
     after: AnswersByQuestion
     skipped: Mapping[str, SkippedRow]
     num_cut: tuple[int, int] = (0, 0)
+    candidates: Sequence[AnswersByQuestion] = ()
+
+
+@dataclass(frozen=True)
+class Asking:
+    """One answer of a model to each question.
+
+    Attributes:
+        run: run a function on the model's network.
+        cache: the answers so far.
+        decoding: the settings that choose the next token.
+        candidate: number of the answer among several that one model samples; 0 for its only one.
+    """
+
+    run: RunOnModel
+    cache: AnswerCache
+    decoding: DecodingConfig
+    candidate: int = 0
 
 
 def generate_answers(
@@ -56,6 +77,8 @@ def generate_answers(
     *,
     seed: int,
     caches: tuple[AnswerCache, AnswerCache],
+    candidates: Sequence[AnswerCache] = (),
+    sampling: DecodingConfig | None = None,
 ) -> Answers:
     """Ask the reference and the policy the same questions, with the same random numbers if they sample.
 
@@ -63,56 +86,68 @@ def generate_answers(
     of one kind should be adjacent. Every image of a batch is encoded once for both models. If an image is unreadable or
     a prompt too long, all questions about that image are left out for both models. Random numbers are keyed by the
     question.
+
+    Args:
+        policy: the trained model, with the base model as reference.
+        questions: the names of images, each with a question.
+        images: an image by its name.
+        decoding: the decoding settings.
+        seed: seed of sampling.
+        caches: the answers of the reference and of the policy so far.
+        candidates: the reference's further answers so far, for each of n to sample.
+        sampling: the decoding settings of these; as the others by default.
     """
-    models: tuple[RunOnModel, RunOnModel] = (policy.on_reference, partial(_on_policy, policy))
+    sampled = sampling or decoding
+    askings = [
+        Asking(policy.on_reference, caches[0], decoding),
+        Asking(partial(_on_policy, policy), caches[1], decoding),
+        *(Asking(policy.on_reference, cache, sampled, number) for number, cache in enumerate(candidates, start=1)),
+    ]
     keys = list(dict.fromkeys(questions))
-    missing = [key for key in keys if any(key not in cache.answers for cache in caches)]
+    missing = [key for key in keys if any(key not in asking.cache.answers for asking in askings)]
     processes, left_out = current_processes(), dict[str, SkippedRow]()
     batches = [missing[start : start + decoding.batch_size] for start in range(0, len(missing), decoding.batch_size)]
     for first in tracked(range(0, len(batches), processes.size), "answer"):
         # A batch for each process; all take up the answers of all, in the batches' order
-        own, new = batches[first : first + processes.size][processes.rank : processes.rank + 1], _New({}, {}, left_out)
+        own, new = batches[first : first + processes.size][processes.rank : processes.rank + 1], _New([], left_out)
         for batch in own:
-            new = _answer_batch(policy.family, models, batch, images, left_out, decoding, seed, caches)
-        for answers_before, answers_after, skipped in processes.gather(new):
+            new = _answer_batch(policy.family, askings, batch, images, left_out, seed)
+        for generated, skipped in processes.gather(new):
             left_out |= skipped
-            for cache, answers in zip(caches, (answers_before, answers_after), strict=True):
+            for asking, answers in zip(askings, generated, strict=bool(generated)):
                 if answers:
-                    cache.add(answers)
+                    asking.cache.add(answers)
     answerable = [key for key in keys if key[0] not in left_out]
-    before, after = ({key: cache.answers[key] for key in answerable} for cache in caches)
+    before, after, *more = ({key: asking.cache.answers[key] for key in answerable} for asking in askings)
     cut_before, cut_after = (sum(key in cache.cut for key in answerable) for cache in caches)
-    return Answers(before, after, left_out, (cut_before, cut_after))
+    return Answers(before, after, left_out, (cut_before, cut_after), more)
 
 
 class _New(NamedTuple):
-    """New answers of the reference and of the policy, and the images that were left out so far."""
+    """New answers of every asking, none at all without a batch, and the images that were left out so far."""
 
-    before: GeneratedAnswers
-    after: GeneratedAnswers
+    answers: list[GeneratedAnswers]
     left_out: dict[str, SkippedRow]
 
 
 def _answer_batch(
     family: VisionLanguage,
-    models: tuple[RunOnModel, RunOnModel],
+    askings: Sequence[Asking],
     batch: Sequence[QuestionKey],
     images: Images,
     left_out: Mapping[str, SkippedRow],
-    decoding: DecodingConfig,
     seed: int,
-    caches: tuple[AnswerCache, AnswerCache],
 ) -> _New:
-    """Return the answers to a batch that the models' caches lack."""
-    new = _New({}, {}, dict(left_out))
+    """Return the answers to a batch that the askings' caches lack."""
+    new = _New([], dict(left_out))
     prompts, views = _prepare(family, batch, images, new.left_out)
     features = family.encode_images(views)
-    for cache, run_on_model, answers in zip(caches, models, new[:2], strict=True):
-        new_prompts = {key: prompt for key, prompt in prompts.items() if key not in cache.answers}
-        if new_prompts:
-            generated = run_on_model(partial(_generate, family, new_prompts, features, decoding, seed))
-            assert generated is not None
-            answers.update(generated)
+    for asking in askings:
+        new_prompts = {key: prompt for key, prompt in prompts.items() if key not in asking.cache.answers}
+        generate = partial(_generate, family, new_prompts, features, asking.decoding, seed, asking.candidate)
+        generated = asking.run(generate) if new_prompts else {}
+        assert generated is not None
+        new.answers.append(generated)
     return new
 
 
@@ -127,10 +162,12 @@ def _generate(
     features: ImageFeatures,
     decoding: DecodingConfig,
     seed: int,
+    candidate: int,
     net: nn.Module,
 ) -> GeneratedAnswers:
     """Return a network's answers to prompts, by question."""
-    rows = [stable_hash(*key) for key in prompts]
+    number = [str(candidate)] if candidate else []
+    rows = [stable_hash(*key, *number) for key in prompts]
     answers = family.generate(net, list(prompts.values()), features, decoding, rows=rows, rng=KeyedRNG(seed))
     return {
         # A thought that the prompt begins is the answer's, so that nobody takes its text for an answer

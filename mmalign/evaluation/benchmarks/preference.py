@@ -1,6 +1,6 @@
-"""Win rate and mean change of score of images after alignment against those before, by a reward model.
+"""Win rate and mean change of score of outputs after alignment against those before, by a judge.
 
-Shapes: N pairs of images, each of one prompt and seed.
+Shapes: N pairs of images, each of one prompt and seed, or of answers, each to one question.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ from mmalign.evaluation.statistics import outcomes, paired_difference, proportio
 
 
 def measure_scores(
-    scores: ArrayLike, base_scores: ArrayLike, keys: tuple[Hashable, ...], groups: tuple[Hashable, ...]
+    scores: ArrayLike,
+    base_scores: ArrayLike,
+    keys: tuple[Hashable, ...],
+    groups: tuple[Hashable, ...],
+    outputs: str = "images",
 ) -> Metrics:
     """Return the win rate over the base model and the mean score.
 
-    A tie is half a win (`statistics.outcomes`). All arguments are [N]. Keys are prompt and seed, groups are prompts.
+    A tie is half a win (`statistics.outcomes`). Scores, keys and groups are [N]: prompt and seed, and the prompt,
+    or question and image.
     """
     own, base = np.asarray(scores, dtype=np.float64), np.asarray(base_scores, dtype=np.float64)
-    columns = {"images": np.ones(len(own)), "wins": outcomes(own, base), "mean score": own}
-    return Metrics("preference", keys, groups, columns, {"win rate": ratio("wins", "images")}, ("mean score",))
+    columns = {outputs: np.ones(len(own)), "wins": outcomes(own, base), "mean score": own}
+    return Metrics("preference", keys, groups, columns, {"win rate": ratio("wins", outputs)}, ("mean score",))
 
 
 def compare_scores(before: Metrics, after: Metrics) -> tuple[dict[str, object], Table]:

@@ -180,18 +180,8 @@ def _compare(benchmark: str, samples: Sequence[Sample]) -> tuple[dict[str, Any],
         table += [(label, str(len(samples)), *cells) for label, *cells in comparison.table()[1:]]
     # Best of n against the base model
     (before, _), chosen = measure_samples(samples), measure_best(samples)
-    numbers: dict[str, dict[str, Any]] = {}
-    for n, measured in chosen.items():
-        comparisons = [compare(base, best) for base, best in zip(before, measured, strict=True)]
-        numbers[str(n)] = {"kl_bound": best_of.kl_bound(n)} | {x.before.benchmark: x.as_dict() for x in comparisons}
-        table.append(
-            (f"best of {n} ({best_of.describe_bound(n)})", "images", "before", "best", "change [95 % interval]")
-        )
-        rows = [row for comparison in comparisons for row in comparison.table()[1:]]
-        table += [(label, str(len(samples)), *cells) for label, *cells in rows]
-    if chosen:
-        result["best_of"] = numbers
-    return result, table
+    numbers, rows = best_of.report(before, chosen, ("images", str(len(samples))))
+    return result | ({"best_of": numbers} if chosen else {}), table + rows
 
 
 def measure_samples(samples: Sequence[Mapping[str, Any]]) -> tuple[list[Metrics], list[Metrics]]:

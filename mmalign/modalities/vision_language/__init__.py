@@ -46,6 +46,7 @@ MODALITY = Modality(
         entries=gallery.gallery_entries,
         provenance=gallery.provenance,
         metrics=evaluate.read_metrics,
+        best_of=evaluate.read_best,
         outputs="answers",
         benchmark_of=gallery.benchmark_of,
     ),

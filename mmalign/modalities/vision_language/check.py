@@ -7,6 +7,7 @@ from pathlib import Path
 from mmalign.config import Coco, EvaluateResponses, Files, Recipe, ResponseData
 from mmalign.data.formats.responses import check_source
 from mmalign.methods import requirements_of
+from mmalign.modalities.loading import check_reward_model
 from mmalign.modalities.prompts import located
 from mmalign.resources import locate, resolve
 
@@ -15,10 +16,15 @@ def check_evaluation(recipe: Recipe) -> None:
     """Check the files of the `evaluate` section.
 
     Raises:
-        ValueError: a file or a folder is missing.
+        ValueError: a file, a folder or a judge is missing or invalid.
     """
     if isinstance(recipe.evaluate, EvaluateResponses):
-        _check_question_files(recipe.evaluate)
+        section = recipe.evaluate
+        _check_question_files(section)
+        if section.reward is not None:
+            check_reward_model("evaluate.reward", section.reward, responses=True)
+        if section.best_of is not None:
+            check_reward_model("evaluate.best_of.reward", section.best_of.reward, responses=True)
 
 
 def check_data(recipe: Recipe) -> None:

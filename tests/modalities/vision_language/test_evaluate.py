@@ -14,7 +14,7 @@ from mmalign.commands import gallery, train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
 from mmalign.families.vlm.model import ImageTextToText
-from mmalign.modalities.vision_language.evaluate import read_metrics
+from mmalign.modalities.vision_language.evaluate import read_best, read_metrics
 from tests.helpers import Folders, data_files, recipes
 from tests.helpers.data_files import write_jsonl
 
@@ -272,6 +272,70 @@ def test_pope_answers_of_one_model_from_files(content: Content, images: Path, tm
     measures = result.result["measures"]["POPE"]["measures"]
     assert measures["mine: accuracy"]["estimate"] == 0.5 and measures["mine: yes rate"]["estimate"] == 1
     assert result.table[0] == ("POPE", "2 responses [95 % interval]")
+
+
+def test_a_judge_measures_and_another_chooses_the_best_of_n(
+    content: Content, folder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chooser likes short answers, and two judges vote; the best of four is never longer than the best of two."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "tastes.py").write_text(
+        "calls = []\n"
+        "def short(images, prompts, responses):\n"
+        "    assert all(len(shown) == 1 for shown in images) and set(prompts) == {'Describe this image.'}\n"
+        "    return [-len(text) for text in responses]\n"
+        "def long(*given):\n"
+        "    calls.append(len(given[2]))\n"
+        "    return [-score for score in short(*given)]\n"
+    )
+    short, long = ({"name": "function", "path": f"tastes:{name}"} for name in ("short", "long"))
+    section = chair(
+        images,
+        reward=[{**short, "weight": 2}, long],
+        combine="vote",
+        best_of={"n": [4, 2], "reward": short, "temperature": 1.5},
+        cache=str(tmp_path / "answers"),
+    )
+    recipe = of(content, section)
+    result = evaluate_module.evaluate(recipe).result
+    texts = {
+        side: [row["text"] for row in lines(folder / side / "descriptions.jsonl")]
+        for side in ("before", "after", "best-of-2", "best-of-4")
+    }
+    lengths = {side: [len(text) for text in written] for side, written in texts.items()}
+    assert all(four <= two for four, two in zip(lengths["best-of-4"], lengths["best-of-2"], strict=True))
+    assert sum(lengths["best-of-4"]) < sum(lengths["best-of-2"])
+    best = result["best_of"]["4"]
+    assert best["kl_bound"] == pytest.approx(0.636294361) and set(best) == {"kl_bound", "CHAIR", "preference"}
+    wins = [0.5 + 0.5 * (a < b) - 0.5 * (a > b) for a, b in zip(lengths["best-of-4"], lengths["before"], strict=True)]
+    assert best["preference"]["after"]["measures"]["win rate"]["estimate"] == pytest.approx(sum(wins) / 4)
+    # A comparison reads the same numbers; another evaluation judges and generates nothing
+    read = read_best(recipe)
+    for n, measured in read.items():
+        numbers = result["best_of"][str(n)]
+        assert {x.benchmark: json.loads(json.dumps(x.as_dict())) for x in measured} == {
+            name: numbers[name]["after"] for name in ("CHAIR", "preference")
+        }
+    assert list(read) == [2, 4] and len(read_metrics(recipe)[1]) == 2
+    monkeypatch.setattr(ImageTextToText, "generate", lambda *_, **__: pytest.fail("an answer was generated"))
+    import tastes  # type: ignore[import-not-found]
+
+    number = len(tastes.calls)
+    assert evaluate_module.evaluate(recipe).result == result and number == len(tastes.calls) > 0
+
+
+def test_judges_need_answers_that_are_generated(content: Content, images: Path) -> None:
+    judge = {"name": "function", "path": "m:f"}
+    with pytest.raises(ValueError, match="answers are scored without a model; leave reward and best_of out"):
+        of(content, chair(images, answers={"after": "a.jsonl"}, reward=judge))
+    with pytest.raises(ValueError, match=r"benchmark implicit takes no 'best_of' but"):
+        of(content, {"benchmark": "implicit", "best_of": {"reward": judge}})
+    with pytest.raises(ValueError, match="combine: vote needs two or more reward models"):
+        of(content, {**CROWDS, "reward": judge, "combine": "vote"})
+    recipe = of(content, {**CROWDS, "best_of": {"reward": {"path": "models/tiny_clip"}}})
+    with pytest.raises(ValueError, match="reward: open_clip judges images; for responses use one of"):
+        evaluate_module.evaluate(recipe)
 
 
 def test_metrics_of_written_answers(content: Content, images: Path, log_lines: list[str]) -> None:
