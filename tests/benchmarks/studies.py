@@ -1,7 +1,7 @@
 """Studies of judged outputs on the bundled models: several ways to learn from the same judgements.
 
     python -m tests.benchmarks.studies flipped_labels --output runs/studies
-    python -m tests.benchmarks.studies thumbs --output runs/studies
+    python -m tests.benchmarks.studies thumbs --output runs/studies        (or any other study)
 
 A study is a set of arms, each a recipe with other settings. If it has several learning rates, every arm is trained
 first with each rate on one seed, and evaluated on the validation split. The best rate by the first measure is kept.
@@ -18,19 +18,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mmalign.commands.compare import compare
 from mmalign.commands.load_recipe import dump_recipe, load_recipe
+from mmalign.commands.prepare import prepare
 from mmalign.config.base import Choice
 from mmalign.config.losses import PairLossConfig
-from mmalign.rng import KeyedRNG
 from mmalign.training.export import read_run_info
+from tests.benchmarks import study_data
 
 IMAGES, RESPONSES = "configs/text_to_image/diffusion_dpo_tiny_sd.yaml", "configs/vision_language/dpo_tiny_llava.yaml"
+LISTS = "configs/text_to_image/diffusion_lpo_tiny_sd.yaml"
 SFT, RESPONSE_SFT = "configs/text_to_image/sft_tiny_sd.yaml", "configs/vision_language/response_sft_tiny_llava.yaml"
 VALIDATION = ("evaluate.split=validation",)
+PAIRS = Path("assets/quickstart-pairs.parquet")
+WORTH = 4.0  # log-odds of a fulfilled part of a prompt, for MODPO's margin
 # Without a part of sums, and a loss that needs a known rate
 LOSSES = {name: kind for name, kind in Choice.sections(PairLossConfig).items() if name not in ("anchor", "robust")}
 BEST_OF = "evaluate.best_of={n: [4, 16], reward: {path: models/tiny_clip}}"  # the judge that made the pairs
@@ -50,38 +51,24 @@ class Study:
 
     Attributes:
         arms: the arms.
+        write: write the data that the arms read.
         rates: the learning rates to choose from; none to keep the recipes'.
         lower_is_better: the sign of the first measure.
     """
 
     arms: Mapping[str, Arm]
+    write: Callable[[], None] = lambda: None
     rates: Sequence[float] = ()
     lower_is_better: bool = False
-
-
-def flip_labels(source: Path, target: Path, share: float, seed: int = 0) -> int:
-    """Write a Pick-a-Pic file with a random share of its labels swapped, and return their number."""
-    table = pq.read_table(source)
-    keys = KeyedRNG(seed).uniform(list(range(table.num_rows)), (1,), "studies: flipped label")[:, 0]
-    flipped = (keys < share).tolist()
-    names = table.column_names
-    for kind in ("label", "score"):
-        sides = [table.column(f"{kind}_{side}").to_pylist() for side in (0, 1)]
-        rows = [(b, a) if flip else (a, b) for a, b, flip in zip(*sides, flipped, strict=True)]
-        for side, name in enumerate((f"{kind}_0", f"{kind}_1")):
-            column = pa.array([row[side] for row in rows], table.schema.field(name).type)
-            table = table.set_column(names.index(name), name, column)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, target)
-    return sum(flipped)
 
 
 def flipped_labels(folder: Path) -> Study:
     """Return the study of a fifth of wrong labels: losses that assume none, a known rate, or learn it."""
     pairs = folder / "flipped-pairs.parquet"
-    if not pairs.is_file():
-        number = flip_labels(Path("assets/quickstart-pairs.parquet"), pairs, 0.2)
-        print(f"{pairs}: {number} labels are swapped")
+
+    def write() -> None:
+        print(f"{pairs}: {study_data.flip_labels(PAIRS, pairs, 0.2)} labels are swapped")
+
     losses = {
         "dpo": "dpo",
         "robust": "{name: robust, flip_rate: 0.2}",
@@ -89,7 +76,7 @@ def flipped_labels(folder: Path) -> Study:
     }
     arms = {name: Arm(IMAGES, [f"method.loss={loss}", f"data.path={pairs}"]) for name, loss in losses.items()}
     arms["lcpo"] = Arm(IMAGES, ["method.label_noise={}", f"data.path={pairs}"])
-    return Study({"sft": Arm(SFT, [f"data.path={pairs}"]), **arms, "dpo_clean": Arm(IMAGES)})
+    return Study({"sft": Arm(SFT, [f"data.path={pairs}"]), **arms, "dpo_clean": Arm(IMAGES)}, write)
 
 
 def thumbs(folder: Path) -> Study:
@@ -97,6 +84,49 @@ def thumbs(folder: Path) -> Study:
     cut = ["data.cut_pairs=true", "method={name: diffusion_kto, caption_dropout: 0.1, liked_share: null}"]
     arms = {loss: Arm(IMAGES, [*cut, f"method.loss={loss}"]) for loss in ("kto", "bco", "apo_zero_unpaired")}
     return Study({"sft": Arm(SFT), "dpo": Arm(IMAGES), **arms}, rates=(1e-5, 3e-5))
+
+
+def lists(folder: Path) -> Study:
+    """Return the study of rankings of four images against their best and worst, at as many images an update."""
+    pairs = folder / "pairs.parquet"
+
+    def write() -> None:
+        number = study_data.write_best_and_worst(_generate_lists(folder), pairs)
+        print(f"{pairs}: {number} pairs of the lists' best and worst images")
+
+    of_lists = [f"data.path={folder / 'lists.parquet'}", "train.batch_size=16"]
+    arms = {
+        loss: Arm(
+            IMAGES, [*of_lists, f"method={{name: diffusion_lpo, beta: 3000, caption_dropout: 0.1, loss: {loss}}}"]
+        )
+        for loss in ("plackett_luce", "lambda_rank")
+    }
+    of_pairs = [f"data.path={pairs}"]
+    return Study({"sft": Arm(SFT, of_pairs), "dpo": Arm(IMAGES, of_pairs), **arms}, write, rates=(1e-5, 3e-5))
+
+
+def objectives(folder: Path) -> Study:
+    """Return the study of MODPO: the count of a prompt decides the pairs, its colours the margin (arXiv:2310.03708)."""
+    counts, colours = folder / "counts.parquet", folder / "colours.parquet"
+
+    def write() -> None:
+        source = _generate_lists(folder)
+        for target, parts in ((counts, ("count", "colour")), (colours, ("colour", "count"))):
+            print(f"{target}: {study_data.write_objectives(source, target, *parts, WORTH)} pairs")
+
+    arms = {"count": Arm(IMAGES, [f"data.path={counts}"]), "colour": Arm(IMAGES, [f"data.path={colours}"])}
+    for weight in (0.75, 0.5, 0.25):  # of the count
+        margin = ["data.margin=score", f"data.margin_scale={(1 - weight) / weight}"]
+        arms[f"count_{weight}"] = Arm(IMAGES, [f"data.path={counts}", f"method.beta={3000 / weight}", *margin])
+    return Study(arms, write)
+
+
+def _generate_lists(folder: Path) -> Path:
+    """Return the file of four judged images for each of 400 prompts, generated once."""
+    file = folder / "lists.parquet"
+    if not file.is_file():
+        prepare(load_recipe(LISTS, [f"data.path={file}", f"output={folder / 'generation'}"]))
+    return file
 
 
 def pair_losses(folder: Path) -> Study:
@@ -121,6 +151,8 @@ def response_losses(folder: Path) -> Study:
 STUDIES: Mapping[str, Callable[[Path], Study]] = {
     "flipped_labels": flipped_labels,
     "thumbs": thumbs,
+    "lists": lists,
+    "objectives": objectives,
     "pair_losses": pair_losses,
     "response_losses": response_losses,
 }
@@ -144,6 +176,7 @@ def search(study: Study, folder: Path) -> dict[str, float]:
 
 def run(study: Study, folder: Path, seeds: int) -> None:
     """Search the rates, then compare the arms."""
+    study.write()
     rates = search(study, folder) if study.rates else {}
     sources = []
     for name, arm in study.arms.items():

@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from mmalign.commands.load_recipe import load_recipe
-from tests.benchmarks.studies import STUDIES, flip_labels
-
-PAIRS = Path("assets/quickstart-pairs.parquet")
+from mmalign.data.formats.images import open_pairs
+from mmalign.synthesis.write_image_pairs import write_pairs
+from mmalign.toy import scenes
+from tests.benchmarks.studies import PAIRS, STUDIES
+from tests.benchmarks.study_data import flip_labels, write_best_and_worst, write_objectives
 
 
 def test_flipped_labels_swap_both_columns(tmp_path: Path) -> None:
@@ -22,6 +25,36 @@ def test_flipped_labels_swap_both_columns(tmp_path: Path) -> None:
                 b[f"{kind}_{side}"] for kind in ("label", "score") for side in (1, 0)
             ]
         assert a["jpg_0"] == b["jpg_0"] and a["caption"] == b["caption"]
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list of a right image, one with a wrong colour, and one with a wrong count, whose scores rise."""
+    images = []
+    for text in ("two red circles", "two blue circles", "a red circle"):
+        prompt = scenes.parse(text)
+        images.append(scenes.render(scenes.place_objects(prompt, np.random.default_rng(0))))
+    file = tmp_path_factory.mktemp("lists") / "lists.parquet"
+    texts, scores = ["two red circles"] * 3, [0.0, 1.0, 9.0]
+    write_pairs(file, texts, images, scores, group=3, min_confidence=0.9, keep_all=True)
+    return file
+
+
+def test_pairs_of_a_list_are_its_best_and_worst_images(lists: Path, tmp_path: Path) -> None:
+    assert write_best_and_worst(lists, tmp_path / "pairs.parquet") == 1
+    (row,) = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    (source,) = pq.read_table(lists).to_pylist()
+    assert (row["jpg_0"], row["jpg_1"]) == (source["image_path"][0], source["image_path"][2])
+    assert (row["label_0"], row["label_1"], row["score_0"], row["score_1"]) == (0, 1, 0, 9)
+
+
+def test_objectives_differ_in_one_part_and_score_another(lists: Path, tmp_path: Path) -> None:
+    """Against a wrong count the right image gains a colour, and the image of a wrong colour none."""
+    assert write_objectives(lists, tmp_path / "counts.parquet", "count", "colour", 4.0) == 2
+    rows = pq.read_table(tmp_path / "counts.parquet").to_pylist()
+    assert [(row["label_0"], row["label_1"]) for row in rows] == [(1, 0), (1, 0)]
+    assert [(row["score_0"], row["score_1"]) for row in rows] == [(4, 0), (0, 0)]
+    assert len(open_pairs("auto", str(tmp_path / "counts.parquet"))) == 2
 
 
 @pytest.mark.parametrize("name", sorted(STUDIES))
