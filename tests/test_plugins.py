@@ -127,9 +127,9 @@ def test_masker_from_outside(folder: Path, log_lines: list[str]) -> None:
 
 
 BROKEN = """
-from pydantic import BaseModel
 from mmalign.config import MethodConfig
 from mmalign.config.losses import PairLossConfig
+from mmalign.rewards import JudgeConfig
 
 class Nowhere(MethodConfig):
     pass
@@ -137,7 +137,7 @@ class Nowhere(MethodConfig):
 class Alone(MethodConfig):
     modality = "text_to_image"
 
-class Options(BaseModel):
+class Options(JudgeConfig):
     pass
 
 class Typed(PairLossConfig):

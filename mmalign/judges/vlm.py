@@ -24,6 +24,8 @@ check = check_responses = check_files
 class Config(AskingConfig):
     """Options of the judge."""
 
+    of_responses = True
+
     question: Annotated[str, AfterValidator(lambda text: check_question(text, ["prompt"]))] = (
         'Does this figure show "{prompt}"? Please answer yes or no.'
     )

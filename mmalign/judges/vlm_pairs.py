@@ -30,6 +30,9 @@ check = check_responses = check_files
 class Config(AskingConfig):
     """Options of the judge."""
 
+    of_responses = True
+    compares = True
+
     question: Annotated[str, AfterValidator(lambda text: check_question(text, ["prompt"]))] = (
         'Which of the two images shows "{prompt}" better, the first or the second? Please answer 1 or 2.'
     )

@@ -24,10 +24,8 @@ from mmalign.modalities import modality_of
 from mmalign.policy import AdaptersOff, FrozenCopy, Policy
 from mmalign.resources import resolve_model
 from mmalign.rewards import (
-    COMPARING,
     ResponseJudge,
     RewardModel,
-    http,
     load_response_judge,
     load_reward_model,
     response_module,
@@ -214,12 +212,12 @@ def _weights(configs: Sequence[WeightedReward]) -> torch.Tensor:
 
 def _score_cache(config: RewardConfig, folder: Path | None) -> ScoreCache | None:
     """Return the cache of a judge's scores; None without a folder, for comparisons, and for code that is in no file."""
-    if folder is None or config.name in COMPARING:
-        return None
     cfg, options = reward_config(config.name, config.options), dict(config.options)
-    if isinstance(cfg, http.Config) and (served := http.Server(config.path, cfg).model()):
+    if folder is None or cfg.compares:
+        return None
+    if served := cfg.served_model(config.path):
         options["model"] = served
-    identity = fingerprint.fingerprint_judge(config.name, config.path, options)
+    identity = fingerprint.fingerprint_judge(config.name, config.path, options, runs_path=cfg.runs_path)
     if identity is None:
         return None
     atomic_io.make_folder("judges", folder)
@@ -252,7 +250,7 @@ def check_method_judge(recipe: Recipe) -> None:
         return
     is_of_responses = isinstance(recipe.data, ResponseData)  # a call then has all responses to a question
     check_reward_model(needs.reward_key, needs.reward, responses=is_of_responses)
-    comparing = [config.name for config in reward_models(needs.reward) if config.name in COMPARING]
+    comparing = comparing_judges(needs.reward)
     if comparing and not is_of_responses:
         raise ValueError(
             f"{needs.reward_key}: {comparing[0]} compares the images of a prompt, and "
@@ -280,6 +278,11 @@ def check_reward_model(key: str, reward: Rewards, *, responses: bool = False) ->
         reward_config(config.name, config.options)
         check = response_module(config.name).check_responses if responses else reward_module(config.name).check
         check(f"{place}.path", config.path)
+
+
+def comparing_judges(reward: Rewards) -> list[str]:
+    """Return the kinds of a recipe's judges whose scores depend on the other outputs of a prompt."""
+    return [x.name for x in reward_models(reward) if reward_config(x.name, x.options).compares]
 
 
 def describe_rewards(reward: Rewards) -> str:

@@ -1,8 +1,8 @@
 """Reward models that score images against their prompts, one file each, named like the file.
 
-A reward model's file has a `Config` (a frozen pydantic model of its options in a recipe), `check(key, path)` and
-`load(path, device, cfg) -> RewardModel`. N is the number of images; higher scores are better. One from outside is named
-by the class of its options, "module:Class", with `load` beside the class.
+A reward model's file has a `Config` (its options in a recipe, a `JudgeConfig`), `check(key, path)` and `load(path,
+device, cfg) -> RewardModel`. N is the number of images; higher scores are better. One from outside is named by the
+class of its options, "module:Class", with `load` beside the class.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from numbers import Real
 from types import SimpleNamespace
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -25,10 +25,28 @@ from mmalign.reading.weights import one_sentence, tensors_only
 from mmalign.resources import resolve_model
 
 
-class BatchConfig(BaseModel):
-    """Options of a reward model that is a network."""
+class JudgeConfig(BaseModel):
+    """Options of a judge in a recipe, and what is true of all judges of its kind.
+
+    Attributes:
+        of_responses: its file also has `check_responses` and `load_responses`.
+        compares: scores depend on the other outputs of a prompt; a call needs all of them, and no score is stored.
+        runs_path: `path` names a function, whose code is part of the judge.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    of_responses: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+    runs_path: ClassVar[bool] = False
+
+    def served_model(self, path: str) -> str:
+        """Return the name that a server at `path` gives its model; "" if it gives none, or without a server."""
+        return ""
+
+
+class BatchConfig(JudgeConfig):
+    """Options of a judge that takes several outputs at once."""
 
     batch_size: PositiveInt = 64
     """Images that go through the network at once."""
@@ -49,15 +67,15 @@ class RewardModule(Protocol):
     """Interface of a reward model's file."""
 
     @property
-    def Config(self) -> type[BaseModel]:
-        """The class of the options, frozen and without extra keys."""
+    def Config(self) -> type[JudgeConfig]:
+        """The class of the options."""
         ...
 
     def check(self, key: str, path: str) -> None:
         """Check `path`, which the recipe names at `key`, before anything is loaded."""
         ...
 
-    def load(self, path: str, device: torch.device, cfg: BaseModel) -> RewardModel:
+    def load(self, path: str, device: torch.device, cfg: JudgeConfig) -> RewardModel:
         """Load the reward model from `path` to the device."""
         ...
 
@@ -65,7 +83,7 @@ class RewardModule(Protocol):
 class ResponseJudge(Protocol):
     """Scorer of responses, each to the prompt and the images of the same row.
 
-    A judge of `COMPARING` compares the responses to one prompt and images with one another.
+    A judge that `compares` compares the responses to one prompt and images with one another.
     """
 
     def __call__(
@@ -82,14 +100,12 @@ class ResponseModule(Protocol):
         """Check `path`, which the recipe names at `key`, before anything is loaded."""
         ...
 
-    def load_responses(self, path: str, device: torch.device, cfg: BaseModel) -> ResponseJudge:
+    def load_responses(self, path: str, device: torch.device, cfg: JudgeConfig) -> ResponseJudge:
         """Load the judge from `path` to the device."""
         ...
 
 
 PACKAGES = (__name__, "mmalign.judges")
-FOR_RESPONSES = ("function", "http", "vlm", "vlm_pairs")  # files with `load_responses`, of a ResponseJudge
-COMPARING = ("vlm_pairs",)  # scores depend on the other outputs of a prompt
 
 
 def names() -> list[str]:
@@ -104,20 +120,20 @@ def reward_module(name: str) -> RewardModule:
         ValueError: no file has this name, or what is named from outside is no reward model.
     """
     if registry.is_outside(name):
-        options = registry.import_class("reward", name, BaseModel)
+        options = registry.import_class("reward", name, JudgeConfig)
         load = registry.module_of("reward", options, ["load"]).load
         return cast(RewardModule, SimpleNamespace(Config=options, check=check_files, load=load))
     return cast(RewardModule, registry.find(PACKAGES, name, "reward: there is no"))
 
 
-def reward_config(name: str, options: Mapping[str, object]) -> BaseModel:
+def reward_config(name: str, options: Mapping[str, object]) -> JudgeConfig:
     """Check the options of a reward model.
 
     Raises:
         ValueError: the name or an option is unknown, or an option has an invalid value.
     """
     is_outside = registry.is_outside(name)
-    kind = registry.import_class("reward", name, BaseModel) if is_outside else reward_module(name).Config
+    kind = registry.import_class("reward", name, JudgeConfig) if is_outside else reward_module(name).Config
     try:
         return kind(**options)
     except ValidationError as error:
@@ -184,12 +200,13 @@ def response_module(name: str) -> ResponseModule:
         ValueError: the kind judges images alone, or what is named from outside is no judge of responses.
     """
     if registry.is_outside(name):
-        options = registry.import_class("reward", name, BaseModel)
+        options = registry.import_class("reward", name, JudgeConfig)
         load = registry.module_of("reward", options, ["load_responses"]).load_responses
         return cast(ResponseModule, SimpleNamespace(check_responses=check_files, load_responses=load))
     module = registry.find(PACKAGES, name, "reward: there is no")
-    if name not in FOR_RESPONSES:
-        raise ValueError(f"reward: {name} judges images; for responses use one of {', '.join(FOR_RESPONSES)}")
+    if not cast(RewardModule, module).Config.of_responses:
+        known = ", ".join(name for name in names() if reward_module(name).Config.of_responses)
+        raise ValueError(f"reward: {name} judges images; for responses use one of {known}")
     return cast(ResponseModule, module)
 
 

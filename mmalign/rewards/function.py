@@ -15,10 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.registry import import_function
-from mmalign.rewards import BatchConfig as Config
-from mmalign.rewards import ResponseJudge, as_scores
+from mmalign.rewards import BatchConfig, ResponseJudge, as_scores
 
 REMEDY = "correct the function (MMALIGN_TRACEBACK=1 shows the line of an error)"
+
+
+class Config(BatchConfig):
+    """Options of the calls."""
+
+    of_responses = True
+    runs_path = True
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,18 @@ RESUME = "then run the same command again: prepare and evaluate resume"
 class Config(BatchConfig):
     """Options of the server's client."""
 
+    of_responses = True
+
     timeout: PositiveFloat = 60.0
     """Seconds to wait for a reply."""
     retries: NonNegativeInt = 3
     """Further attempts after no reply, or after a status such as 503."""
     wait: NonNegativeFloat = 1.0
     """Seconds before the second attempt; doubled before each further one."""
+
+    def served_model(self, path: str) -> str:
+        """Return the name of the model that the server at `path` gives; "" if it gives none."""
+        return Server(path, self).model()
 
 
 class _NoRedirects(HTTPRedirectHandler):

@@ -100,7 +100,7 @@ def fingerprint_folder(path: str) -> str:
     return fingerprint_settings({file.name: _content(file) for file in files} or {"name": path})
 
 
-def fingerprint_judge(name: str, path: str, options: Mapping[str, object]) -> str | None:
+def fingerprint_judge(name: str, path: str, options: Mapping[str, object], *, runs_path: bool = False) -> str | None:
     """Return a fingerprint of a judge: its kind, its options, and the content of the files or modules that it names.
 
     Of the project's own judges, options such as `batch_size`, which do not change scores, do not count.
@@ -109,7 +109,7 @@ def fingerprint_judge(name: str, path: str, options: Mapping[str, object]) -> st
     Returns:
         The fingerprint, or None if the code of a function is in no file.
     """
-    files = [source_file(code) for code in (name, path if name == "function" else "") if is_outside(code)]
+    files = [source_file(code) for code in (name, path if runs_path else "") if is_outside(code)]
     if None in files:
         return None
     named = [locate(text) for text in (path, *options.values()) if isinstance(text, str) and text]
