@@ -125,7 +125,7 @@ def test_a_judges_identity_is_its_content(tmp_path: Path, monkeypatch: pytest.Mo
         return [
             fingerprint_judge("open_clip", str(weights.parent), {}),
             fingerprint_judge("open_clip", str(weights.parent), {"precision": "float32"}),
-            fingerprint_judge("function", "judging:f", {}),
+            fingerprint_judge("function", "judging:f", {}, runs_path=True),
             fingerprint_judge("judging:Options", "none", {}),
             fingerprint_judge("open_clip", "org/name", {}),
             fingerprint_judge("open_clip", "hf-hub:org/name", {}),
@@ -137,4 +137,4 @@ def test_a_judges_identity_is_its_content(tmp_path: Path, monkeypatch: pytest.Mo
     code.write_text("def f(images, prompts): return [1] * len(images)")
     assert [new == old for new, old in zip(identities(), before, strict=True)] == [False] * 4 + [True] * 2
     monkeypatch.setitem(sys.modules, "typed_in", type(sys)("typed_in"))  # as in a notebook
-    assert fingerprint_judge("function", "typed_in:f", {}) is None
+    assert fingerprint_judge("function", "typed_in:f", {}, runs_path=True) is None
