@@ -25,6 +25,8 @@ from mmalign.training.trackers import log_curves
 
 logger = logging.getLogger(__name__)
 
+NUM_FIRST = 32  # updates at most whose rewards a verdict compares with those of the last
+
 
 class AfterUpdate:
     """Callback after every update: report, and save if a checkpoint is due and nothing is pending, or at the end.
@@ -58,6 +60,8 @@ class AfterUpdate:
         # A balanced epoch has rows several times; generated images are always new
         is_fresh = (progress.epoch == 0 and self.needs.liked_share is None) or self.needs.generates
         self.reporter.update(progress.step, metrics, is_fresh=is_fresh)
+        if verdict.REWARD in metrics and progress.step <= min(NUM_FIRST, self.recipe.train.steps // 2):
+            self.reporter.start.setdefault(verdict.REWARD, []).append(float(metrics[verdict.REWARD]))
         if self.sampler is not None:
             self.sampler(progress.step)
         last = progress.step == self.recipe.train.steps
@@ -119,9 +123,12 @@ class AfterUpdate:
             )
 
     def _verdict(self, values: Values) -> str:
-        """Return the verdict, with what the method's memory says."""
+        """Return the verdict, with what the method's memory says and the share of the time for generated images."""
         memory = self.needs.memory.describe(self.run.policy.memory) if self.needs.memory is not None else ""
-        return "; ".join(filter(None, (verdict.judge(self._evidence(values)), memory)))
+        progress, share = self.run.progress, ""
+        if self.needs.generates and progress.seconds > 0:
+            share = f"generation and rewards: {progress.contrast_seconds / progress.seconds:.0%} of the time"
+        return "; ".join(filter(None, (verdict.judge(self._evidence(values)), memory, share)))
 
     def _evidence(self, values: Values) -> verdict.Evidence:
         """Return the evidence of a verdict, with the values after the last update.
@@ -131,7 +138,7 @@ class AfterUpdate:
         """
         needs, fresh = self.needs, self.reporter.fresh()
         if needs.generates:
-            return verdict.Evidence(fresh)
+            return verdict.Evidence(fresh, self.reporter.start)
         held_out = self.data_module.validation_loader is not None
         if held_out or needs.measured_by is not None or not needs.reference:
             fresh = {}

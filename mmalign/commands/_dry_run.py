@@ -41,7 +41,7 @@ def dry_run(recipe: Recipe) -> None:
     accelerator = open_accelerator(recipe.train, rank_timeout=recipe.limits.rank_timeout)
     for line in needs.check():
         logger.info(line)
-    updates = describe_updates(recipe.train, len(splits[0]), accelerator.num_processes)
+    updates = describe_updates(recipe.train, needs, len(splits[0]), accelerator.num_processes)
     logger.info(f"{recipe.method.name}: {recipe.model.path}, {recipe.model.tune}; {summarize(splits)}")
     if accelerator.is_main_process and modality.encode_example is not None:
         memory = memory_of_card(None)

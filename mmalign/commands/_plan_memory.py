@@ -216,6 +216,7 @@ class _Activations:
         method: Any = methods.find(config.name)
         if method.requirements(config).generates:
             # A generated pair costs as much as a given one
+            size = method.requirements(config).contrasts(size).pairs
             method, config = diffusion_dpo, DiffusionDPOConfig(name="diffusion_dpo")
         batch, trained, rng = self.example.batch(size), policy.trainable(), KeyedRNG(self.recipe.train.seed)
         if self.precomputed:

@@ -170,8 +170,9 @@ def _open_pairs(recipe: Recipe) -> tuple[Splits | None, str]:
     if path.exists():
         try:
             with muted():
-                splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
-            return splits, describe_updates(recipe.train, len(splits[0]), 1)
+                needs = methods.requirements_of(recipe.method)
+                splits = modality_of(recipe).open_pairs(recipe, needs)
+            return splits, describe_updates(recipe.train, needs, len(splits[0]), 1)
         except (ValueError, OSError) as error:
             reason = first_line(error)
     options = recipe.train

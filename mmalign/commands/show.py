@@ -37,10 +37,15 @@ def show(recipe: Recipe, *, number: int = 5, html: Path | None = None) -> DataVi
         OSError: the page cannot be written.
     """
     preflight.check(recipe, "training")
-    modality = modality_of(recipe)
-    splits = modality.open_pairs(recipe, methods.requirements_of(recipe.method))
+    modality, needs = modality_of(recipe), methods.requirements_of(recipe.method)
+    splits = modality.open_pairs(recipe, needs)
     view = modality.show(recipe, splits, number)
-    facts = [summarize(splits), *_dropped(splits), describe_updates(recipe.train, len(splits[0]), 1), *view.facts]
+    facts = [
+        summarize(splits),
+        *_dropped(splits),
+        describe_updates(recipe.train, needs, len(splits[0]), 1),
+        *view.facts,
+    ]
     view = DataView(facts, view.examples)
     for line in view.lines():
         logger.info(line)

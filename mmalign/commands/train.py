@@ -107,7 +107,7 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     )
     for line in needs.check():
         logger.info(line)
-    logger.info(describe_updates(options, len(splits[0]), accelerator.num_processes))
+    logger.info(describe_updates(options, needs, len(splits[0]), accelerator.num_processes))
 
     # Models and the last checkpoint
     device = accelerator.device
@@ -119,7 +119,9 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
         accelerator,
         options.steps,
         options.log_every,
-        pairs_per_update=accelerator.num_processes * options.batch_size * options.gradient_accumulation_steps,
+        pairs_per_update=accelerator.num_processes
+        * needs.contrasts(options.batch_size).pairs
+        * options.gradient_accumulation_steps,
         first=saved.step if saved is not None else 0,
     )
     if saved is not None and saved.step == options.steps:
@@ -174,23 +176,28 @@ def _result(recipe: Recipe, run: TrainingRun, reporter: Reporter, started: float
     return Trained(folder, run.progress.step, time.time() - started, reporter.verdict, reporter.history)
 
 
-def describe_updates(options: Train, num_pairs: int, num_processes: int) -> str:
+def describe_updates(options: Train, needs: methods.Requirements, num_pairs: int, num_processes: int) -> str:
     """Return a sentence with the pairs of an update, and the updates of an epoch and of the run.
 
     Args:
         options: the settings of the training.
-        num_pairs: pairs of the training split.
+        needs: the method's needs; a method that generates its images learns several times from a batch of prompts.
+        num_pairs: pairs, or prompts, of the training split.
         num_processes: number of processes.
     """
     num_batches = max(1, num_pairs // (options.batch_size * num_processes))  # a partial batch alone counts
-    per_epoch = num_batches / options.gradient_accumulation_steps
-    number, epochs = num_processes * options.batch_size * options.gradient_accumulation_steps, options.steps / per_epoch
+    per_batch, accumulated = needs.contrasts(options.batch_size).number, options.gradient_accumulation_steps
+    per_epoch = num_batches * per_batch / accumulated
+    number, epochs = num_processes * options.batch_size * accumulated, options.steps / per_epoch
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+    steps = f"an epoch has {per_epoch:g} updates, and {options.steps:,} updates are {_rounded(epochs)} epochs"
+    if needs.generates:
+        batch = f"a batch of {options.batch_size} gives up to {per_batch} contrasts"
+        return f"{num_pairs:,} prompts; {batch}; update: {processes} x {accumulated} contrasts; {steps}"
     few = ": few pairs" if epochs > MANY_EPOCHS else ""
     return (
-        f"{num_pairs:,} pairs; update: {processes} x {options.batch_size} pairs x "
-        f"{options.gradient_accumulation_steps} batches = {number} pairs; an epoch has {per_epoch:g} updates, and "
-        f"{options.steps:,} updates are {_rounded(epochs)} epochs{few}"
+        f"{num_pairs:,} pairs; update: {processes} x {options.batch_size} pairs x {accumulated} batches = {number} "
+        f"pairs; {steps}{few}"
     )
 
 

@@ -5,7 +5,7 @@ B prompts and k latents of each; C, H, W are a latent's channels, height and wid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,9 +57,9 @@ class Walk:
         """Return the latents after step `index`: [k, B, ...] from [k, B, ...], or `candidates` from one [1, B, ...]."""
         return self.law(x, index, prediction).sample(self.noise(max(len(x), candidates), index))
 
-    def path(self, x: Tensor, first: int = 0) -> list[Tensor]:
-        """Return the latents [k, B, C, H, W] before step `first` and after each step from there to the image."""
-        path = [x]
-        for index in range(first, len(self.times) - 1):
-            path.append(self.step(path[-1], index, self.prediction(path[-1], index)))
-        return path
+    def path(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the latents [k, B, C, H, W] after each step from noise to image, beginning with `x`."""
+        yield x
+        for index in range(len(self.times) - 1):
+            x = self.step(x, index, self.prediction(x, index))
+            yield x

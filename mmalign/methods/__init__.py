@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -66,6 +66,13 @@ class Memory:
     annotators: Collection[str] = ()
 
 
+class Contrasts(NamedTuple):
+    """Contrasts of a batch: their number, and how many pairs of outputs each runs through the network."""
+
+    number: int
+    pairs: int
+
+
 @dataclass(frozen=True)
 class Requirements:
     """Needs of a method.
@@ -82,6 +89,7 @@ class Requirements:
         other_images: the chosen responses again, under the pairs' other images.
         vae_decoder: the autoencoder's decoder, on the device.
         vision_tower: the vision tower during training, for images that no file contains.
+        contrasts: the contrasts of a batch of so many rows.
         min_pairs: the smallest batch size, in pairs.
         reward: the judge of a batch's images, or of responses that the policy generates.
         combine: the combination of several judges.
@@ -104,6 +112,7 @@ class Requirements:
     other_images: bool = False
     vae_decoder: bool = False
     vision_tower: bool = False
+    contrasts: Callable[[int], Contrasts] = lambda rows: Contrasts(1, rows)
     min_pairs: int = 1
     reward: Rewards | None = None
     combine: Combine = "sum"

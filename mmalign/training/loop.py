@@ -54,6 +54,7 @@ class Progress:
         pending: contrasts of the last batch that are not used yet; 0 where a run can resume.
         seconds: time of the updates, including data and sampling, without saving and evaluation. On a GPU this is
             wall-clock time; on CPUs, which other processes may share, it is CPU time of all threads of this process.
+        contrast_seconds: the part of `seconds` that went into contrasts, such as generated images.
     """
 
     step: int = 0
@@ -61,6 +62,7 @@ class Progress:
     batch: int = 0
     pending: int = 0
     seconds: float = field(default=0.0, compare=False)  # not part of the position
+    contrast_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass
@@ -118,7 +120,9 @@ def train(
         for batch in batches(progress.epoch, first):
             # Contrasts of the batch, then a backward pass for each and an update for each full window
             rng = KeyedRNG(seed, progress.epoch)
+            begun = clock()
             contrasts = make_contrasts(method, policy, batch, config, rng)
+            progress.contrast_seconds += clock() - begun
             progress.batch, before = progress.batch + 1, progress.step
             for number, contrast in enumerate(contrasts, start=1):
                 last, progress.pending = window.count + 1 == gradient_accumulation_steps, len(contrasts) - number

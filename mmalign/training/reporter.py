@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 # Metrics that the bar shows if the method has them, and their short names.
 SHOWN = {
     "loss": "loss",
+    "reward": "reward",
     "accuracy": "accuracy",
     "logit": "logit",
     "chosen error": "chosen",

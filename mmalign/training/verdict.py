@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from statistics import fmean
 from typing import NamedTuple
 
 Values = Mapping[str, Sequence[float]]  # metric -> a value for each pair, or for each update
 SIDES = (("chosen", "rejected"), ("matched", "mismatched"), ("best", "worst"))  # the preferred side first
+REWARD = "reward"  # metric of methods that generate what they learn from: its mean over a batch
 SCORES = ((" error", -0.5), (" log-probability", 1.0))  # metrics of a side, with the factor that makes them scores
 
 BROKEN_RATIO = 2.0  # error of the preferred side, relative to the base model's
@@ -78,6 +80,10 @@ def judge(evidence: Evidence) -> str:
     if not values or not values["loss"]:
         return "no pair could be measured"
     sides = next((sides for sides in SIDES if f"{sides[1]} gain" in values), None)
+    if REWARD in values and REWARD in evidence.start:
+        return "; ".join(
+            [_judge_rewards(values, evidence), *([_judge_sides(values, sides, evidence)] if sides else [])]
+        )
     if sides is not None:
         return _judge_sides(values, sides, evidence)
     if "liked" in values:
@@ -139,6 +145,21 @@ def _judge_sides(values: Values, sides: tuple[str, str], evidence: Evidence) -> 
         return f"the preference was not learned, the {worse} side gained more {numbers}"
     learned = f"{_describe_learned(sides, gains, _noun(values, better))} {numbers}"
     return _learned(learned, values, "pairs", evidence.seen and (fresh is None or fresh.sign <= 0))
+
+
+def _judge_rewards(values: Values, evidence: Evidence) -> str:
+    """Judge a method that generates what it learns from, by the rewards of the first and of the last generations."""
+    # The updates of one generation have its mean, and prompts differ between generations
+    before, after = (mean_of([mean for mean, _ in groupby(each[REWARD])]) for each in (evidence.start, values))
+    change = Mean(after.value - before.value, math.hypot(before.error, after.error))
+    numbers = f"from {before.value:.4g} in the first updates to {after.value:.4g} in the last"
+    numbers += f" ({change.value:+.2g} ± {change.error:.1g})"
+    match change.sign:
+        case 1:
+            return f"the reward of generated outputs rose {numbers}"
+        case -1:
+            return f"the reward of generated outputs fell {numbers}: lower train.lr"
+    return f"the reward of generated outputs did not change {numbers}: train longer, or raise the learning rate"
 
 
 def _judge_thumbs(values: Values, evidence: Evidence) -> str:

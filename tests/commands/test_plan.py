@@ -14,6 +14,8 @@ from mmalign.commands import plan as command
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.plan import plan
 from mmalign.commands.train import describe_updates
+from mmalign.config.methods import SFTConfig
+from mmalign.methods import requirements_of
 from mmalign.training.optim import build_optimizer
 from tests.helpers import data_files, recipes
 
@@ -97,5 +99,19 @@ def test_autocast_of_cuda_has_a_rule_for_each_function() -> None:
 
 def test_many_epochs_are_called_few_pairs(tiny_sd15: Path, tmp_path: Path) -> None:
     options = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path / "run", train={"steps": 3200})).train
-    assert describe_updates(options, 4, 1).endswith("3,200 updates are 1,600 epochs: few pairs")
-    assert describe_updates(options, 6400, 1).endswith("3,200 updates are 1 epochs")
+    needs = requirements_of(SFTConfig())
+    assert describe_updates(options, needs, 4, 1).endswith("3,200 updates are 1,600 epochs: few pairs")
+    assert describe_updates(options, needs, 6400, 1).endswith("3,200 updates are 1 epochs")
+
+
+def test_updates_of_generated_images_are_counted_by_contrasts() -> None:
+    """Sixteen prompts, four noisings of four parts; a contrast of DPO has two images a prompt, one of NFT all six."""
+    settings = ["method.generation.prompts_per_contrast=4", "train.gradient_accumulation_steps=4"]
+    for name, pairs in (("diffusion_online_dpo", 4), ("nft", 12)):
+        recipe = load_recipe(f"text_to_image/{name}_tiny_sd", settings)
+        needs = requirements_of(recipe.method)
+        assert needs.contrasts(16) == (16, pairs) and needs.contrasts(3) == (4, 3 * pairs // 4)
+        told = describe_updates(recipe.train, needs, 1600, 1)
+        assert (
+            "a batch of 16 gives up to 16 contrasts; update: 1 process x 4 contrasts; an epoch has 400 updates" in told
+        )

@@ -307,6 +307,9 @@ def test_every_shipped_recipe_takes_two_steps(
         sizes = ["model.vae=null", "model.vae_dtype=float32", f"data.path={pairs}", "data.resolution=16"]
         if method.name == "spo":  # any pair will do: the tiny judge is hardly sure of one
             judges = [f"method.reward.path={tiny_step_judge}", "method.threshold=0.0", "data.format=pick_a_pic"]
+        elif requirements_of(method).generates:
+            judges = ["method.generation.images=3", "method.generation.steps=2", "data.format=pick_a_pic"]
+            judges.append(f"method.reward={{path: {tiny_clip}}}")
         elif method.name == "step_preference":
             judges = ["model.denoiser=" + str(model)]
             model = tiny_transformers_clip if "PickScore" in load_recipe(path).model.path else tiny_clip

@@ -49,7 +49,7 @@ def test_walk_equals_ddim(prediction: str, eta: float) -> None:
     for index, t in enumerate(scheduler.timesteps):
         predicted = answer(expected.flatten(0, 1), t.expand(4)).view_as(expected)
         expected = scheduler.step(predicted, int(t), expected, eta=eta, variance_noise=noise(2, index)).prev_sample
-    actual = walk(Diffusion.from_config(config, "test"), eta=eta).path(START)
+    actual = list(walk(Diffusion.from_config(config, "test"), eta=eta).path(START))
     assert len(actual) == 9
     torch.testing.assert_close(actual[-1], expected, rtol=1e-4, atol=1e-4)
 
@@ -62,7 +62,8 @@ def test_walk_equals_eulers_method_of_flow_matching() -> None:
     for t in scheduler.timesteps:
         predicted = answer(expected.flatten(0, 1), (t / 1000).expand(4)).view_as(expected)
         expected = scheduler.step(predicted, t, expected).prev_sample
-    torch.testing.assert_close(walk(flow).path(START)[-1], expected, rtol=1e-5, atol=1e-5)
+    *_, actual = walk(flow).path(START)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +74,7 @@ def test_steps_outside_the_window_are_deterministic(schedule: Schedule) -> None:
     mask = torch.zeros(6, 2, dtype=torch.bool)
     mask[1:3, 0] = mask[4, 1] = True
     windowed = walk(schedule, 6, None, mask)
-    places = windowed.path(START)
-    for index, (x, following) in enumerate(pairwise(places)):
+    for index, (x, following) in enumerate(pairwise(windowed.path(START))):
         predicted = windowed.prediction(x, index)
         noisy, still = (walk(schedule, 6, eta).step(x, index, predicted) for eta in (None, 0.0))
         assert torch.equal(following, torch.where(mask[index].view(1, 2, 1, 1, 1), noisy, still))

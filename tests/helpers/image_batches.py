@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from PIL import Image
+from torch import Tensor
 
-from mmalign.data.loaders.batches import EncodedPairs
+from mmalign.data.loaders.batches import EncodedPairs, EncodedPrompts
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning, Moments
+from mmalign.rewards import RewardModel, checked_reward_model
 
 ROWS = [11, 2**62 + 3, 7, 12345]
 PROMPTS = {11: "a red fox", 2**62 + 3: "a hen", 7: "two owls", 12345: "grass"}
@@ -33,3 +36,23 @@ def swapped(batch: EncodedPairs) -> EncodedPairs:
     swapped_rows = [*range(len(batch.rows), 2 * len(batch.rows)), *range(len(batch.rows))]
     latents = Moments(batch.latents.mean[swapped_rows], batch.latents.std[swapped_rows])
     return replace(batch, latents=latents, sizes=batch.sizes[swapped_rows])
+
+
+def bright(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
+    """Reward model that prefers light images."""
+    return torch.tensor([sum(image.convert("L").histogram()[i] * i for i in range(256)) / 2560 for image in images])
+
+
+def prompts(family: TextToImage, reward_model: RewardModel = bright, rows: Sequence[int] = ROWS[:3]) -> EncodedPrompts:
+    """Return prompts for images of 16 pixels, with a judge of the images."""
+    known = [PROMPTS[row] for row in rows]
+    return EncodedPrompts(
+        list(rows),
+        known,
+        Conditioning.cat([family.encode_prompts([prompt]) for prompt in known]),
+        family.unconditional().expand(len(rows)),
+        torch.tensor([[16.0, 16, 0, 0, 16, 16]] * len(rows)),
+        tuple(family.encode_images(torch.zeros(1, 3, 16, 16)).mean.shape[1:]),
+        torch.ones(len(rows)),
+        checked_reward_model("bright", reward_model),
+    )

@@ -5,13 +5,18 @@ from __future__ import annotations
 from mmalign import methods
 from mmalign.methods import B, C, F, H, Method
 from mmalign.methods.text_to_image import (
+    awm,
     cca,
+    crd,
+    dgpo,
     diffusion_dpo,
     diffusion_kto,
     diffusion_lpo,
+    diffusion_online_dpo,
     inpo,
     instruct_engine,
     mapo,
+    nft,
     sft,
     spo,
     step_preference,
@@ -25,11 +30,15 @@ def checked(method: Method[F, B, H, C]) -> object:
 
 
 METHODS = [
+    checked(awm),
     checked(bdhs),
     checked(cca),
+    checked(crd),
+    checked(dgpo),
     checked(diffusion_dpo),
     checked(diffusion_kto),
     checked(diffusion_lpo),
+    checked(diffusion_online_dpo),
     checked(dpo),
     checked(inpo),
     checked(instruct_engine),
@@ -37,6 +46,7 @@ METHODS = [
     checked(lipo),
     checked(mapo),
     checked(mdpo),
+    checked(nft),
     checked(povid),
     checked(realign),
     checked(response_sft),

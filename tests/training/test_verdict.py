@@ -190,3 +190,22 @@ def test_thumbs_are_judged_by_the_gains_of_each_label() -> None:
         assert verdict(thumbs(0.05, -0.02), **trained).startswith(by_heart)
     assert verdict({**thumbs(0.05, -0.02), "saturated": [1.0] * 8}).endswith(": lower method.beta or train.lr")
     assert verdict(thumbs(-0.2, -0.4)).startswith("the model is broken, its error is")
+
+
+@pytest.mark.parametrize(
+    ("now", "expected"),
+    [
+        ([5.0, 5.0, 5.2, 5.2, 4.8], "rose from 2 in the first updates to 5 in the last (+3 "),
+        ([1.0, 1.0, 1.1], "fell from 2 in the first updates to 1.05 in the last (-0.95 "),
+        ([2.0, 2.5, 1.0], "did not change from 2 in the first updates to 1.833 in the last"),
+        ([9.0, 9.0, 9.0], "did not change from 2 in the first updates to 9 in the last"),
+    ],
+    ids=["rose", "fell", "same", "one generation"],
+)
+def test_generated_outputs_are_judged_by_their_rewards(now: list[float], expected: str) -> None:
+    """Updates of one generation count once, and a single generation tells nothing."""
+    start = {"reward": [2.1, 2.1, 1.9, 1.9, 1.9]}
+    expected = f"the reward of generated outputs {expected}"
+    assert verdict({"loss": [0.0], "reward": now}, start=start).startswith(expected)
+    both = verdict({**sides(0.05, -0.02), "reward": now}, start=start)
+    assert both.startswith(expected) and "; chosen images improved and rejected ones got worse" in both

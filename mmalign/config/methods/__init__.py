@@ -10,6 +10,16 @@ from mmalign.config.methods._shared import (
     ResponseMethodConfig,
     ThumbsMethodConfig,
 )
+from mmalign.config.methods.online_images import (
+    AdvantageMethodConfig,
+    AWMConfig,
+    CRDConfig,
+    DGPOConfig,
+    DiffusionOnlineDPOConfig,
+    GenerationConfig,
+    NFTConfig,
+    OnlineConfig,
+)
 from mmalign.config.methods.text_to_image import (
     CCAConfig,
     DiffusionDPOConfig,
@@ -38,12 +48,18 @@ from mmalign.registry import check_known, import_class, is_outside
 
 __all__ = [
     "METHODS",
+    "AWMConfig",
+    "AdvantageMethodConfig",
     "BDHSMethodConfig",
     "CCAConfig",
+    "CRDConfig",
+    "DGPOConfig",
     "DPOConfig",
     "DenoisingMethodConfig",
     "DiffusionDPOConfig",
     "DiffusionKTOConfig",
+    "DiffusionOnlineDPOConfig",
+    "GenerationConfig",
     "ImageListConfig",
     "InPOConfig",
     "InstructEngineConfig",
@@ -53,6 +69,8 @@ __all__ = [
     "MDPOConfig",
     "MaPOConfig",
     "MixedConfig",
+    "NFTConfig",
+    "OnlineConfig",
     "POVIDConfig",
     "PairMethodConfig",
     "RLHFVConfig",
@@ -70,13 +88,18 @@ __all__ = [
 # The methods of each modality.
 METHODS: dict[str, tuple[type[MethodConfig], ...]] = {
     "text_to_image": (
+        AWMConfig,
         CCAConfig,
+        CRDConfig,
+        DGPOConfig,
         DiffusionDPOConfig,
         DiffusionKTOConfig,
+        DiffusionOnlineDPOConfig,
         ImageListConfig,
         InPOConfig,
         InstructEngineConfig,
         MaPOConfig,
+        NFTConfig,
         SFTConfig,
         SPOConfig,
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
@@ -115,6 +115,17 @@ class EncodedPrompts:
     shape: tuple[int, ...]
     weights: Tensor
     reward_model: RewardModel | None
+
+    def __getitem__(self, part: slice) -> EncodedPrompts:
+        return replace(
+            self,
+            rows=self.rows[part],
+            prompts=self.prompts[part],
+            text=self.text[part],
+            unconditional=self.unconditional[part],
+            sizes=self.sizes[part],
+            weights=self.weights[part],
+        )
 
 
 def collate_labels(pairs: Sequence[ImagePair] | Sequence[ResponsePair]) -> Labels | None:

@@ -5,6 +5,9 @@ B prompts and k latents of each; C, H, W are a latent's channels, height and wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -81,24 +84,41 @@ def policy_walk(
         stochastic: mask [S, B] of stochastic steps; None for all.
         batch_size: latents that go through the network at once; None for all.
     """
-    family, device, number = policy.family, batch.weights.device, len(batch.rows)
-    cond = family.condition(batch.text, batch.sizes)
-    unconditional = family.condition(batch.unconditional, batch.sizes)
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        parts: tuple[Tensor, ...] = torch.split(torch.arange(len(x), device=device), batch_size or len(x))
-        results = (
-            predict_guided(
-                family, policy.unwrapped, x[rows], t[rows], cond[rows % number], unconditional[rows % number], guidance
-            )
-            for rows in parts
-        )
-        return torch.cat(list(results))
+    family, device = policy.family, batch.weights.device
+    predict = batch_predictor(family, batch, guidance, batch_size)
 
     def noise(k: int, index: int) -> Tensor:
         return rng.normal(batch.rows, (k, *batch.shape), "step", index).to(device).transpose(0, 1)
 
-    return Walk(family.schedule, grid(family.schedule, steps).to(device), predict, noise, eta, stochastic)
+    return Walk(
+        family.schedule,
+        grid(family.schedule, steps).to(device),
+        partial(predict, policy.unwrapped),
+        noise,
+        eta,
+        stochastic,
+    )
+
+
+def batch_predictor(
+    family: TextToImage, batch: EncodedPrompts, guidance: float, batch_size: int | None
+) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """Return a function from a network, latents [kB, C, H, W] and times [kB] to guided predictions [kB, C, H, W].
+
+    The latents are k for each prompt of the batch; `batch_size` of them go through the network at once, None for all.
+    """
+    number = len(batch.rows)
+    cond, unconditional = (family.condition(text, batch.sizes) for text in (batch.text, batch.unconditional))
+
+    def predict(net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+        parts: tuple[Tensor, ...] = torch.split(torch.arange(len(x), device=x.device), batch_size or len(x))
+        results = [
+            predict_guided(family, net, x[rows], t[rows], cond[rows % number], unconditional[rows % number], guidance)
+            for rows in parts
+        ]
+        return torch.cat(results)
+
+    return predict
 
 
 def judge_images(family: TextToImage, batch: EncodedPrompts, latents: Tensor, t: Tensor | None = None) -> Tensor:

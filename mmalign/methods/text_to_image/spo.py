@@ -37,7 +37,7 @@ from mmalign.diffusion.walk import Walk
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning
 from mmalign.losses import pairwise as losses
-from mmalign.methods import Requirements, Step
+from mmalign.methods import Contrasts, Requirements, Step
 from mmalign.methods._pair_loss import preference_step
 from mmalign.methods.text_to_image._images import judge_images, policy_walk, predict_guided
 from mmalign.policy import Policy, Scores
@@ -100,7 +100,13 @@ class Contrast:
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: prompts alone, a reference and a reward model."""
-    return Requirements(learns_from="prompts", reward=cfg.reward, hint_if_empty=NO_SURE_PAIR)
+    return Requirements(
+        learns_from="prompts",
+        vae_decoder=True,
+        contrasts=partial(Contrasts, cfg.steps - cfg.start),
+        reward=cfg.reward,
+        hint_if_empty=NO_SURE_PAIR,
+    )
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

@@ -24,42 +24,19 @@ from mmalign.methods import Step
 from mmalign.methods.text_to_image import spo
 from mmalign.methods.text_to_image._images import predict_guided
 from mmalign.policy import FrozenCopy, Policy
-from mmalign.rewards import RewardModel, checked_reward_model
 from mmalign.rng import KeyedRNG
 from tests.helpers.golden import golden
+from tests.helpers.image_batches import PROMPTS, bright, prompts
 from tests.helpers.loading import diffusion_families
 from tests.helpers.policies import DRAWS, POLICIES, full
 
 GOLDEN = golden("spo")
-PROMPTS = {11: "a red fox", 2**62 + 3: "a hen", 7: "two owls"}
-ROWS = list(PROMPTS)
+ROWS = [11, 2**62 + 3, 7]
 JUDGE = RewardConfig(name="step_aware", path="models/none")
 SHORT: dict[str, Any] = {"reward": JUDGE, "steps": 6, "start": 2, "threshold": 0.0}
 
 
-def bright(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
-    """Reward model that prefers light images."""
-    return torch.tensor([sum(image.convert("L").histogram()[i] * i for i in range(256)) / 2560 for image in images])
-
-
 family = diffusion_families("tiny_sd15", "tiny_sd2", "tiny_sdxl")
-
-
-def prompts(family: TextToImage, reward_model: RewardModel = bright, rows: Sequence[int] = ROWS) -> EncodedPrompts:
-    text = Conditioning.cat([family.encode_prompts([PROMPTS[row]]) for row in rows])
-    sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * len(rows))
-    known = [PROMPTS[row] for row in rows]
-    shape = (4, 8, 8)
-    return EncodedPrompts(
-        list(rows),
-        known,
-        text,
-        family.unconditional().expand(len(rows)),
-        sizes,
-        shape,
-        torch.ones(len(rows)),
-        checked_reward_model("bright", reward_model),
-    )
 
 
 def made(policy: Policy, batch: EncodedPrompts, cfg: spo.Config, rng: KeyedRNG = DRAWS) -> list[spo.Contrast]:

@@ -1,0 +1,143 @@
+"""Hyper-parameters of the methods that learn from images that the policy generates."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mmalign.config.base import MethodConfig, Section
+from mmalign.config.evaluation import Combine, Rewards, check_combine
+from mmalign.config.methods._shared import DenoisingMethodConfig
+
+
+class GenerationConfig(Section):
+    """Images that the policy generates for the prompts of a batch, and how often they are learned from."""
+
+    images: int = Field(24, ge=2, description="images of a prompt; 24 as published for DiffusionNFT, AWM and DGPO")
+    steps: int = Field(10, ge=1, description="of the sampler; 10 as published")
+    guidance: float = Field(1.0, ge=1, description="guidance scale of the sampler; 1 as published for DiffusionNFT")
+    eta: float | None = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="noise of a sampler's step: 0 is DDIM or Euler; null is 1, or 0.7 for flow models",
+    )
+    noisings: int = Field(
+        4, ge=1, description="times that every image is noised and learned from, by later updates; ours (AWM: 6)"
+    )
+    batch_size: int = Field(16, ge=1, description="images that the network generates at a time")
+    prompts_per_contrast: int | None = Field(
+        None,
+        ge=1,
+        description="prompts whose images are learned from at a time, to save memory; default: all of a batch. With "
+        "train.gradient_accumulation_steps of batch_size / prompts_per_contrast a noising is one update",
+    )
+
+
+class OnlineConfig(MethodConfig):
+    """Judge and images of a method that generates its images."""
+
+    reward: Rewards = Field(description="judge of the generated images, or a list of several")
+    combine: Combine = "sum"
+    generation: GenerationConfig = GenerationConfig()
+
+    @property
+    def uses_reference(self) -> bool:
+        """True if the loss compares with a reference."""
+        return True
+
+    @model_validator(mode="after")
+    def _combined(self) -> OnlineConfig:
+        check_combine(self.reward, self.combine)
+        return self
+
+
+class AdvantageConfig(Section):
+    """Conversion of rewards to advantages."""
+
+    scale: Literal["group", "batch", "none"] = Field(
+        "batch",
+        description="standard deviation that divides: of a prompt's rewards, of the batch on a process, as published "
+        "for DiffusionNFT and DGPO, or none",
+    )
+    clip: float = Field(5.0, gt=0, description="largest advantage, in either direction; as published")
+
+
+class AdvantageMethodConfig(OnlineConfig):
+    """Advantages of a method that learns from all images of a prompt."""
+
+    advantages: AdvantageConfig = AdvantageConfig()
+
+
+class DiffusionOnlineDPOConfig(DenoisingMethodConfig, OnlineConfig):
+    """Hyper-parameters; beta is Flow-Factory's for FLUX, in the range of Diffusion-DPO's."""
+
+    name: Literal["diffusion_online_dpo"] = "diffusion_online_dpo"
+    beta: float = Field(
+        2000.0, gt=0, description="in units of -1/2 mean squared error; Flow-Factory takes 100 for Stable Diffusion 3.5"
+    )
+
+
+class NFTConfig(AdvantageMethodConfig):
+    """Hyper-parameters; beta and kl are the release's."""
+
+    name: Literal["nft"] = "nft"
+    beta: float = Field(1.0, gt=0, description="trust region: weight of the change since generation, less the share")
+    weighting: Literal["none", "l1"] = Field(
+        "none", description="l1 measures each error of x_0 in units of its mean size, as published"
+    )
+    kl: float = Field(1e-4, ge=0, description="weight of the squared difference to the reference's prediction")
+
+    @property
+    def uses_reference(self) -> bool:
+        """True if the difference to the reference has a weight."""
+        return self.kl > 0
+
+
+class AWMConfig(AdvantageMethodConfig):
+    """Hyper-parameters; the defaults are the release's, with the generating policy for its moving average."""
+
+    name: Literal["awm"] = "awm"
+    measure: Literal["plain", "noise", "root"] = Field(
+        "root", description="an error counts as it is, times the noise level, or as 4 times its fourth root times that"
+    )
+    clip: float | None = Field(1.0, gt=0, description="clipping range of the ratio around 1; null for none")
+    trust: float = Field(1.0, ge=0, description="weight of the squared change of the prediction since generation")
+    kl: float = Field(1e-3, ge=0, description="weight of the squared difference to the reference's prediction")
+
+    @property
+    def uses_reference(self) -> bool:
+        """True if the difference to the reference has a weight."""
+        return self.kl > 0
+
+
+class DGPOConfig(AdvantageMethodConfig):
+    """Hyper-parameters; beta is the release's for a fixed reference."""
+
+    name: Literal["dgpo"] = "dgpo"
+    beta: float = Field(100.0, gt=0, description="in units of the mean squared error; published from 10 to 100")
+    clip: float | None = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="change of exp(-error) since generation beyond which an image has no gradient; published from 1e-5 "
+        "to 5e-2; null for none",
+    )
+
+
+class CRDConfig(AdvantageMethodConfig):
+    """Hyper-parameters; the defaults are Flow-Factory's."""
+
+    name: Literal["crd"] = "crd"
+    beta: float = Field(1.0, gt=0, description="factor of the gains")
+    kl: float = Field(
+        0.1, ge=0, description="weight of the squared difference to the reference's prediction, for the best rewards"
+    )
+    least_kl: float = Field(1e-4, ge=0, description="the same for the worst rewards")
+    reference_guidance: float = Field(4.5, ge=1, description="guidance scale of the reference's prediction")
+
+    @property
+    def uses_reference(self) -> bool:
+        """True if the difference to the reference has a weight."""
+        return self.kl > 0 or self.least_kl > 0

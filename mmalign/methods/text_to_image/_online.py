@@ -1,0 +1,217 @@
+"""Images that the policy generates and a judge scores, learned from by the forward process.
+
+    x_0^1 ... x_0^K ~ policy(prompt)                        K images of a prompt
+    A^k = (R^k - mean R) / std R, clipped                   advantages of their rewards
+    t, eps                                                  `noisings` times, one of each for all images of a prompt
+    old^k = policy(x_t^k, t, prompt)                        before the first update
+    reference^k = reference(x_t^k, t, prompt)
+
+A method is a loss of one to three lines on the errors of these predictions (`mmalign/losses/forward_process.py`). All
+of this is done for a batch before its first update, so a run resumes exactly between batches. A prompt whose images
+have equal rewards has the weight 0. Every random number is keyed by the prompt's row.
+
+B prompts, K images of each; C, H, W are a latent's channels, height and width; [KB] are the first images of all
+prompts, then the second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.config.methods import AdvantageMethodConfig, GenerationConfig, OnlineConfig
+from mmalign.data.loaders.batches import EncodedPrompts
+from mmalign.diffusion.noise import mean_square
+from mmalign.families.base import TextToImage
+from mmalign.losses.advantages import advantages, informative
+from mmalign.methods import Contrasts, Requirements, Step
+from mmalign.methods.text_to_image._denoising import NoisedPairs
+from mmalign.methods.text_to_image._images import batch_predictor, judge_images, policy_walk
+from mmalign.policy import Policy
+from mmalign.rng import KeyedRNG
+
+EQUAL_REWARDS = (
+    "the reward model gave all images of each prompt the same score; look at the reward model (method.reward), or "
+    "generate more images (method.generation.images)"
+)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Generated images of a batch: latents [K, B, C, H, W], rewards [B, K], weights [B], and means for the log."""
+
+    latents: Tensor
+    rewards: Tensor
+    weights: Tensor
+    summary: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Noised images of some prompts, before the first update.
+
+    Attributes:
+        view: inputs of the networks, and the training target, [KB] rows.
+        old: the policy's prediction [KB, C, H, W].
+        reference: the reference's prediction [KB, C, H, W]; None without a reference.
+        advantages: [B, K].
+        weights: weights of the prompts [B]; 0 if all their rewards are equal.
+        summary: means of the batch for the log.
+    """
+
+    view: NoisedPairs
+    old: Tensor
+    reference: Tensor | None
+    advantages: Tensor
+    weights: Tensor
+    summary: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Mean squared errors and differences of predictions [B, K].
+
+    Attributes:
+        prediction: the policy's prediction [KB, C, H, W], with gradient.
+        policy: its error.
+        old: the error of the policy that generated the images.
+        shift: its difference to that policy's prediction.
+        reference: the error of the reference; 0 without one.
+        drift: its difference to the reference's prediction; 0 without one.
+    """
+
+    prediction: Tensor
+    policy: Tensor
+    old: Tensor
+    shift: Tensor
+    reference: Tensor
+    drift: Tensor
+
+
+def online_requirements(cfg: OnlineConfig) -> Requirements:
+    """Return the needs: prompts alone, a judge, the decoder of images, and a reference if the loss has one."""
+    return Requirements(
+        reference=cfg.uses_reference,
+        learns_from="prompts",
+        vae_decoder=True,
+        contrasts=partial(contrasts_of, cfg.generation, cfg.generation.images),
+        reward=cfg.reward,
+        combine=cfg.combine,
+        hint_if_empty=EQUAL_REWARDS,
+    )
+
+
+def generate(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: GenerationConfig, rng: KeyedRNG) -> Generated:
+    """Generate the images of all prompts and judge them in one call."""
+    walk = policy_walk(
+        policy, batch, rng, steps=cfg.steps, guidance=cfg.guidance, eta=cfg.eta, batch_size=cfg.batch_size
+    )
+    x = rng.normal(batch.rows, (cfg.images, *batch.shape), "start").to(walk.times.device).transpose(0, 1)
+    for latents in walk.path(x):
+        x = latents
+    rewards = judge_images(policy.family, batch, x.flatten(0, 1)).view(len(x), -1).T
+    real, differ = rewards[batch.weights > 0], informative(rewards)
+    means = {"reward": real, "reward spread": real.std(1), "equal rewards": (~informative(real)).float()}
+    summary = {name: float(values.mean()) if len(real) else 0.0 for name, values in means.items()}
+    return Generated(x, rewards, batch.weights * differ, summary)
+
+
+def parts(number: int, cfg: GenerationConfig) -> list[slice]:
+    """Return the prompts of each contrast of one noising, of so many in a batch."""
+    size = cfg.prompts_per_contrast or number
+    return [slice(first, first + size) for first in range(0, number, size)]
+
+
+def contrasts_of(cfg: GenerationConfig, images: int, prompts: int) -> Contrasts:
+    """Return the contrasts of a batch of prompts, of each of which so many images are learned from."""
+    most = min(prompts, cfg.prompts_per_contrast or prompts)
+    return Contrasts(cfg.noisings * len(parts(prompts, cfg)), math.ceil(most * images / 2))
+
+
+def noise_images(family: TextToImage, batch: EncodedPrompts, x_0: Tensor, rng: KeyedRNG, index: int) -> NoisedPairs:
+    """Add noise to images [K, B, C, H, W] of the prompts, with one time and one noise per prompt."""
+    device, k = x_0.device, len(x_0)
+    t = family.schedule.draw_time(batch.rows, rng, index).to(device).repeat(k)
+    eps = rng.normal(batch.rows, batch.shape, "noise", index).to(device).repeat(k, 1, 1, 1)
+    x_t, target = (f(x_0.flatten(0, 1), eps, t) for f in (family.schedule.add_noise, family.schedule.target))
+    return NoisedPairs(x_t, t, target, family.condition(batch.text.repeat(k), batch.sizes.repeat(k, 1)))
+
+
+def online_contrasts(
+    policy: Policy[TextToImage],
+    batch: EncodedPrompts,
+    cfg: AdvantageMethodConfig,
+    rng: KeyedRNG,
+    reference_guidance: float = 1.0,
+) -> list[Contrast]:
+    """Return contrasts of the generated images of a batch: those of one noising of all prompts after another.
+
+    `reference_guidance` is the guidance scale of the reference's prediction.
+    """
+    generated, made = generate(policy, batch, cfg.generation, rng), list[Contrast]()
+    scale, clip, size = cfg.advantages.scale, cfg.advantages.clip, cfg.generation.batch_size
+    values = advantages(generated.rewards, scale=scale, clip=clip, weights=batch.weights)
+    for index in range(cfg.generation.noisings):
+        for part in parts(len(batch.rows), cfg.generation):
+            view = noise_images(policy.family, batch[part], generated.latents[:, part], rng, index)
+            of_policy, of_reference = (
+                _predict(policy.family, batch[part], view, guidance, size) for guidance in (1.0, reference_guidance)
+            )
+            old, reference = of_policy(policy.unwrapped), policy.on_reference(of_reference)
+            made.append(Contrast(view, old, reference, values[part], generated.weights[part], generated.summary))
+    return made
+
+
+def _predict(
+    family: TextToImage, batch: EncodedPrompts, view: NoisedPairs, guidance: float, batch_size: int
+) -> Callable[[nn.Module], Tensor]:
+    """Return a function from a network to its guided predictions [KB, C, H, W]."""
+    predict = batch_predictor(family, batch, guidance, batch_size)
+    return lambda net: predict(net, view.x_t, view.t)
+
+
+def errors_of(policy: Policy[TextToImage], contrast: Contrast) -> Errors:
+    """Run the policy and return the errors of all predictions."""
+    view, number = contrast.view, len(contrast.weights)
+    prediction = policy.family.predict(policy.model, view.x_t, view.t, view.cond).float()
+
+    def error(a: Tensor, b: Tensor) -> Tensor:
+        return by_prompt(mean_square(a, b), number)
+
+    reference = prediction.detach() if contrast.reference is None else contrast.reference
+    return Errors(
+        prediction,
+        policy=error(prediction, view.target),
+        old=error(contrast.old, view.target),
+        shift=error(prediction, contrast.old),
+        reference=error(reference, view.target),
+        drift=error(prediction, reference),
+    )
+
+
+def by_prompt(values: Tensor, number: int) -> Tensor:
+    """Return values [B, K, ...] from [KB, ...], for a number B of prompts."""
+    return values.view(-1, number, *values.shape[1:]).transpose(0, 1)
+
+
+def online_step(losses: Tensor, errors: Errors, contrast: Contrast) -> Step:
+    """Return the step of losses [B], with the means of the batch as metrics.
+
+    "gain" is by how much more the error of better images fell since generation: the mean of advantage times fall.
+    """
+    with torch.no_grad():
+        gain = contrast.advantages * (errors.old - errors.policy)
+        own = {"output error": errors.policy, "gain": gain, "shift": errors.shift}
+        own |= {"drift": errors.drift} if contrast.reference is not None else {}
+        metrics = {"loss": losses.detach(), **{name: values.mean(1).detach() for name, values in own.items()}}
+    return Step(losses, contrast.weights, metrics | of_batch(contrast.summary, losses))
+
+
+def of_batch(summary: Mapping[str, float], losses: Tensor) -> dict[str, Tensor]:
+    """Return the means of a batch as metrics of each loss [B]."""
+    return {name: torch.full_like(losses, value) for name, value in summary.items()}

@@ -1,0 +1,69 @@
+"""Online DPO of denoisers, as in Flow-Factory and flow_grpo: the best against the worst of K generated images.
+
+    x_0^1 ... x_0^K ~ policy(prompt);  chosen = the best by the judge, rejected = the worst
+    loss = Diffusion-DPO's, or another pair loss, `noisings` times      (`diffusion_dpo`)
+
+Only the chosen and the rejected image are noised, so an update costs as much as one on given pairs. The reference is
+the model before training.
+
+B prompts, K images of each; 2B rows: the chosen images first, then the rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from mmalign.config.methods import DiffusionOnlineDPOConfig as Config
+from mmalign.data.loaders.batches import EncodedPrompts
+from mmalign.families.base import TextToImage
+from mmalign.methods import Requirements, Step
+from mmalign.methods._pair_memory import pair_memory
+from mmalign.methods.text_to_image import _denoising, diffusion_dpo
+from mmalign.methods.text_to_image._denoising import denoising_scores
+from mmalign.methods.text_to_image._online import (
+    contrasts_of,
+    generate,
+    noise_images,
+    of_batch,
+    online_requirements,
+    parts,
+)
+from mmalign.policy import Policy
+from mmalign.rng import KeyedRNG
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Noised best and worst images, and means of the batch for the log."""
+
+    pairs: _denoising.Contrast
+    summary: Mapping[str, float]
+
+
+def requirements(cfg: Config) -> Requirements:
+    """Return the method's needs: prompts, a judge, and the reference of the loss."""
+    contrast_counts = partial(contrasts_of, cfg.generation, 2)
+    return replace(online_requirements(cfg), memory=pair_memory(cfg), contrasts=contrast_counts)
+
+
+def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
+    """Generate the images of a batch; return contrasts of the best and the worst, one noising after another."""
+    generated, made, family = generate(policy, batch, cfg.generation, rng), list[Contrast](), policy.family
+    everyone = torch.arange(len(batch.rows), device=generated.rewards.device)
+    ends = generated.latents[torch.stack([generated.rewards.argmax(1), generated.rewards.argmin(1)]), everyone]
+    for index in range(cfg.generation.noisings):
+        for part in parts(len(batch.rows), cfg.generation):
+            view = noise_images(family, batch[part], ends[:, part], rng, index)
+            scores = policy.on_reference(partial(denoising_scores, family, view=view))
+            made.append(Contrast(_denoising.Contrast(view, scores, generated.weights[part]), generated.summary))
+    return made
+
+
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
+    """Return the pair loss on the denoising scores of policy and reference."""
+    step = diffusion_dpo.loss(policy, contrast.pairs, cfg)
+    return replace(step, metrics=step.metrics | of_batch(contrast.summary, step.losses))

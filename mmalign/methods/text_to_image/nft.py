@@ -1,0 +1,54 @@
+"""DiffusionNFT (arXiv:2509.16117): towards what better images have in common, and away from worse ones.
+
+    images, advantages A, t and eps as in `_online`;  share = A / bound
+    loss = mean_k [share (error - old error) + (beta - share) |prediction - old|^2] + kl |prediction - reference|^2
+
+That is the published loss without its weighting, up to a factor and a constant. The publication predicts x_0, mixes the
+old and the new prediction to a positive and a negative one, and divides each squared error by the mean absolute one;
+`weighting: l1` does that. The old policy is the one that generated the images, not a moving average.
+
+B prompts, K images of each; [KB] rows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mmalign.config.methods import NFTConfig as Config
+from mmalign.families.base import TextToImage
+from mmalign.losses import forward_process
+from mmalign.methods import Step
+from mmalign.methods.text_to_image._online import (
+    Contrast,
+    Errors,
+    by_prompt,
+    errors_of,
+    online_contrasts,
+    online_requirements,
+    online_step,
+)
+from mmalign.policy import Policy
+
+requirements = online_requirements
+contrasts = online_contrasts
+
+
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
+    """Return the loss of the errors of all images, and the difference to the reference."""
+    errors, share = errors_of(policy, contrast), contrast.advantages / cfg.advantages.clip
+    if cfg.weighting == "l1":
+        losses = forward_process.weighted_nft(*_clean_errors(policy.family, contrast, errors), share, beta=cfg.beta)
+    else:
+        losses = forward_process.nft(errors.policy, errors.old, errors.shift, share, beta=cfg.beta)
+    return online_step(losses + cfg.kl * errors.drift.mean(1), errors, contrast)
+
+
+def _clean_errors(family: TextToImage, contrast: Contrast, errors: Errors) -> tuple[Tensor, Tensor]:
+    """Return the errors of x_0 of the policy and of the old policy, element by element [B, K, D]."""
+    view, number = contrast.view, len(contrast.weights)
+    target, *predicted = (
+        family.schedule.to_clean(answer.float(), view.x_t, view.t)
+        for answer in (view.target, errors.prediction, contrast.old)
+    )
+    new, old = (by_prompt((clean - target).flatten(1), number) for clean in predicted)
+    return new, old
