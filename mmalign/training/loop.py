@@ -114,7 +114,7 @@ def train(
     assert not progress.pending, "pending contrasts cannot be recomputed"
     window = _GradientAccumulator(policy, train_state)
     clock = time.process_time if train_state.accelerator.device.type == "cpu" else time.perf_counter
-    since = clock()
+    since, hint = clock(), _empty_hint(method, config)
     while progress.step < steps:
         first = progress.batch
         for batch in batches(progress.epoch, first):
@@ -140,21 +140,8 @@ def train(
                     if progress.step == steps:
                         return progress
                     since = clock()
-
-            # Stop if there is nothing to learn from
-            window.empty = window.empty + 1 if progress.step == before else 0
-            if window.empty >= MAX_EMPTY_BATCHES and not window.count:
-                raise ValueError(
-                    f"train: {window.empty} batches in a row, up to batch {progress.batch} of epoch {progress.epoch}, "
-                    f"had nothing to learn from (the limit is {MAX_EMPTY_BATCHES}){_empty_hint(method, config)}"
-                )
-        if first == 0 and not window.used and not window.count:
-            raise ValueError(
-                f"train: epoch {progress.epoch} has nothing to learn from, in {progress.batch} batches; there are "
-                f"fewer pairs than one batch needs on every process, or the method uses none of "
-                f"them{_empty_hint(method, config)}"
-            )
-        window.used = False
+            window.end_batch(progress, hint, updated=progress.step > before)
+        window.end_epoch(progress, hint, whole=first == 0)
         progress.epoch, progress.batch = progress.epoch + 1, 0
     return progress
 
@@ -225,6 +212,32 @@ class _GradientAccumulator:
         self.count, self.sums = 0, dict[str, Tensor]()
         self.weight: Tensor | int = 0
         self.locations = list[tuple[BatchLocation, Tensor]]()
+
+    def end_batch(self, progress: Progress, hint: str, *, updated: bool) -> None:
+        """Count the batches in a row that gave no update.
+
+        Raises:
+            ValueError: there are `MAX_EMPTY_BATCHES`, and nothing is accumulated; the message ends with the hint.
+        """
+        self.empty = 0 if updated else self.empty + 1
+        if self.empty >= MAX_EMPTY_BATCHES and not self.count:
+            raise ValueError(
+                f"train: {self.empty} batches in a row, up to batch {progress.batch} of epoch {progress.epoch}, "
+                f"had nothing to learn from (the limit is {MAX_EMPTY_BATCHES}){hint}"
+            )
+
+    def end_epoch(self, progress: Progress, hint: str, *, whole: bool) -> None:
+        """Begin to watch the next epoch.
+
+        Raises:
+            ValueError: all of a `whole` epoch gave nothing to learn from; the message ends with the hint.
+        """
+        if whole and not self.used and not self.count:
+            raise ValueError(
+                f"train: epoch {progress.epoch} has nothing to learn from, in {progress.batch} batches; there are "
+                f"fewer pairs than one batch needs on every process, or the method uses none of them{hint}"
+            )
+        self.used = False
 
     def sync_context(self, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Skip the gradient all-reduce except for the last contrast (DDP `no_sync`); must also wrap the forward."""
