@@ -110,7 +110,7 @@ def estimate(recipe: Recipe, splits: Splits | None, *, on_card: bool) -> Memory:
 
     modality, needs = modality_of(recipe), methods.requirements_of(recipe.method)
     if modality.encode_example is None:
-        raise ValueError(f"method.name: {recipe.method.name} trains a step judge, which a plan does not cover")
+        raise ValueError(f"method.name: {recipe.method.name} trains a judge, which a plan does not cover")
     precomputed = needs.precompute is not None and recipe.data.cache != "off"
     scores = precomputed and needs.precompute is not None and needs.precompute.scores
     policy, encoders = _build(recipe, reference_cached=scores)

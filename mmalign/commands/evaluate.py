@@ -27,7 +27,7 @@ from mmalign.training.processes import connect_processes, current_processes
 
 RESULT = "result.json"  # in every folder of an evaluation
 TABLE = "table.json"  # the table of an evaluation of a trained model, with its identity
-PAIR_BENCHMARKS = ("implicit", "steps")  # on the validation split of the training data
+PAIR_BENCHMARKS = ("implicit", "judge", "steps")  # on the validation split of the training data
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,9 @@ def _measure_models(recipe: Recipe, section: Evaluate, trained: TrainedModel) ->
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     modality, splits = modality_of(recipe), None
     if section.benchmark in PAIR_BENCHMARKS:
-        splits = modality.open_pairs(recipe, Requirements())
+        # Any method's model has an implicit reward of pairs; a judge has labels of its own
+        needs = Requirements() if section.benchmark == "implicit" else requirements_of(recipe.method)
+        splits = modality.open_pairs(recipe, needs)
         _check_unseen(splits, trained)
     measure = modality.open_benchmark(recipe, device, splits)
     policy = trained.load(loading.load_model(recipe, device))

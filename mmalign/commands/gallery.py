@@ -34,7 +34,7 @@ def gallery(recipe: Recipe, *, checkpoint: str | int | None = None) -> Path:
     if recipe.evaluate is None:
         reason: str | None = "the recipe has no such section"
     else:
-        reason = parts.unavailable_reason(recipe) if parts is not None else "a step judge generates no images"
+        reason = parts.unavailable_reason(recipe) if parts is not None else "a judge generates no images"
     if parts is None or reason is not None:
         raise ValueError(
             f"evaluate: {reason}; a gallery shows a benchmark's samples, for example {modality.example_evaluation}"

@@ -27,7 +27,7 @@ def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
     """
     modality = modality_of(recipe)
     if modality.prepare is None:
-        raise ValueError("prepare: a step judge generates no images; use a recipe of a model that does")
+        raise ValueError("prepare: a judge generates no images; use a recipe of a model that does")
     if recipe.prepare is None:
         raise ValueError(f"prepare: the recipe has no such section; add one: {modality.example_preparation}")
     preflight.check(recipe, "preparation", data=False)

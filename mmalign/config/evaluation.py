@@ -141,6 +141,16 @@ class EvaluateSteps(Evaluate):
     )
 
 
+class EvaluateJudge(Evaluate):
+    """Settings of the audit of a judge of images on the validation split."""
+
+    benchmark: Literal["judge"] = Field("judge", description="accuracy, calibration and audit of the judge")
+    reward: Rewards | None = Field(
+        None, description="another judge, or a list of several, whose verdicts are compared with the judge's"
+    )
+    bins: int = Field(10, ge=1, le=100, description="bins of the judge's confidence, between 1/2 and 1")
+
+
 class DecodingConfig(Section):
     """Settings of text decoding."""
 

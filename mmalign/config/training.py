@@ -141,6 +141,32 @@ class JudgeModel(Model):
         return self
 
 
+class ImageJudgeModel(Model):
+    """Settings of a judge of images: a CLIP to start from."""
+
+    path: str = Field(description="CLIP of open_clip or transformers to start from: a folder or a Hub id")
+    tune: Literal["lora", "full"] = Field("full", description="low-rank adapters, or all weights of both towers")
+    head: Literal["linear"] | None = Field(
+        None,
+        description="linear trains the last linear layer of both towers and the scale alone, on features that are "
+        "computed once",
+    )
+    weights: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random starts anew, with a network of the shape of `path`"
+    )
+
+    @model_validator(mode="after")
+    def _takes(self) -> ImageJudgeModel:
+        if self.head is not None and (self.tune, self.weights) != ("full", "pretrained"):
+            raise ValueError(
+                "head: linear trains the last layers of pretrained towers; leave out head, or tune and weights"
+            )
+        for name in ("revision", "variant", "family", "quantize", "adapter"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}: {value!r} does not apply to a judge of images; leave it out")
+        return self
+
+
 class Data(Section):
     """Settings of the preference pairs of any modality."""
 

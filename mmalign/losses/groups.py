@@ -64,6 +64,14 @@ def between(values: Tensor) -> Tensor:
     return values[:, :, None] - values[:, None, :]
 
 
+def order_accuracy(group: Group) -> Tensor:
+    """Return the share [B] of the outputs of different rewards whose gains have the same order; 1/2 without any."""
+    differences = between(group.gains)
+    right = ((differences > 0) + 0.5 * (differences == 0)) * group.better
+    number = group.better.sum((1, 2))
+    return torch.where(number > 0, right.sum((1, 2)) / number.clamp(min=1), 0.5)
+
+
 def plackett_luce(group: Group, *, beta: float) -> Tensor:
     """Return the likelihood loss of the ranking (Diffusion-LPO, arXiv:2510.01540; DPO, appendix A.3).
 

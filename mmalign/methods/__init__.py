@@ -25,7 +25,7 @@ from mmalign.config.evaluation import Combine
 from mmalign.config.methods import find_method
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.formats.layouts import Learning
-from mmalign.data.loaders.batches import EncodedPairs, EncodedPrompts, EncodedResponses
+from mmalign.data.loaders.batches import EncodedPairs, EncodedPrompts, EncodedResponses, JudgedImages
 from mmalign.families.base import Family
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
@@ -83,6 +83,7 @@ class Requirements:
         learns_from: kind of the rows: pairs, thumbs (one output with a label), lists (several outputs with scores), or
             prompts, for a method that generates its own images.
         liked_share: share of liked outputs among those of an epoch; None takes every thumb once.
+        ties: pairs of images neither of which is preferred, with a preference of 1/2.
         rejected: rejected responses; a method without this need also takes rows of answers alone.
         prompt_pairs: pairs with a prompt for each image.
         decoded_images: the decoded images of response pairs.
@@ -106,6 +107,7 @@ class Requirements:
     labels: Sequence[str] = ()
     learns_from: Learning | Literal["prompts"] = "pairs"
     liked_share: float | None = None
+    ties: bool = False
     rejected: bool = True
     prompt_pairs: bool = False
     decoded_images: bool = False
@@ -191,7 +193,7 @@ def reference_scores(
     return policy.on_reference(run) if batch.precomputed is None else batch.precomputed
 
 
-Batch = EncodedPairs | EncodedPrompts | EncodedResponses
+Batch = EncodedPairs | EncodedPrompts | EncodedResponses | JudgedImages
 F = TypeVar("F", bound=Family, contravariant=True)
 B = TypeVar("B", bound=Batch, contravariant=True)
 H = TypeVar("H", bound=MethodConfig, contravariant=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmalign.config.methods import ListMethodConfig, ThumbsMethodConfig
-from mmalign.losses.groups import Group, between, pick
+from mmalign.losses.groups import Group, order_accuracy, pick
 from mmalign.methods import Memory, Requirements, Step
 from mmalign.methods._pair_loss import bound_loss, preference_metrics
 
@@ -98,15 +98,7 @@ def list_step(cfg: ListMethodConfig, judged: Judged) -> Step:
         if judged.reference is not None:
             gains = {f"{side} gain": pick(group.gains, number) for side, number in sides.items()}
             metrics |= preference_metrics(cfg.beta * (gains["best gain"] - gains["worst gain"])) | gains
-        metrics["accuracy"] = _order_accuracy(group)
+        metrics["accuracy"] = order_accuracy(group)
         for name, values in judged.more.items():
             metrics |= {name.replace("output", side): pick(values, number) for side, number in sides.items()}
     return Step(losses, judged.weights, metrics)
-
-
-def _order_accuracy(group: Group) -> Tensor:
-    """Return the share [B] of the outputs of different rewards whose gains have the same order; 1/2 without any."""
-    differences = between(group.gains)
-    right = ((differences > 0) + 0.5 * (differences == 0)) * group.better
-    number = group.better.sum((1, 2))
-    return torch.where(number > 0, right.sum((1, 2)) / number.clamp(min=1), 0.5)

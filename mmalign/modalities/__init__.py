@@ -1,4 +1,4 @@
-"""Modalities: text-to-image, vision-language and the step judge, one object each with all that differs between them."""
+"""Modalities: text-to-image, vision-language and judges of images, one object each with all that differs."""
 
 from __future__ import annotations
 

@@ -52,28 +52,37 @@ class ClipParts(NamedTuple):
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """Cache of prompts' unit vectors.
+    """Cache of prompts' features, such as unit vectors.
 
     Each prompt is encoded by a call of its own: in a batch, rounding would depend on the other prompts.
     """
 
-    model: CLIP  # or CustomTextCLIP, or CoCa
+    encode: Callable[[Tensor], Tensor]  # from tokens [1, L] to features [1, E]
     tokenize: Callable[[list[str]], Tensor]
     device: torch.device
     _known: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Return the unit vectors [N, E], float32."""
+        """Return the features [N, E], float32."""
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._known:
-                vector = self.model.encode_text(self.tokenize([prompt]).to(self.device), normalize=True)[0].float()
-                self._known[prompt] = vector
+                self._known[prompt] = self.encode(self.tokenize([prompt]).to(self.device))[0].float()
         features = torch.stack([self._known[prompt] for prompt in prompts])
         # Drop the oldest prompts beyond the cache's size
         for oldest in list(self._known)[: max(0, len(self._known) - KNOWN)]:
             del self._known[oldest]
         return features
+
+
+def unit_vectors(model: CLIP) -> Callable[[Tensor], Tensor]:
+    """Return the function from tokens [N, L] to the unit vectors [N, E] of a CLIP, a CustomTextCLIP or a CoCa."""
+
+    def encode(tokens: Tensor) -> Tensor:
+        vectors: Tensor = model.encode_text(tokens, normalize=True)
+        return vectors
+
+    return encode
 
 
 def scaled(cosines: Tensor, scale: Tensor) -> Tensor:
@@ -142,7 +151,7 @@ def scorer(
 ) -> OpenClip:
     """Return the reward model of a network, which moves to the device."""
     model = parts.model.eval().requires_grad_(False).to(device)
-    text = TextFeatures(model, parts.tokenize, device)
+    text = TextFeatures(unit_vectors(model), parts.tokenize, device)
     return OpenClip(model, parts.preprocess, text, device, batch_size, score, prefix)
 
 
@@ -159,7 +168,7 @@ def load_parts(path: str, pretrained: str | None = None) -> ClipParts:
         "architecture of open_clip with `pretrained`"
     )
     with readable("open_clip", path, expected):
-        name = _open_clip_name(path, pretrained)
+        name = open_clip_name(path, pretrained)
         # `create_model` would return random weights if it finds none.
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained, precision="fp32")
         tokenize = open_clip.get_tokenizer(name)
@@ -177,7 +186,7 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _open_clip_name(path: str, pretrained: str | None) -> str:
+def open_clip_name(path: str, pretrained: str | None = None) -> str:
     """Return open_clip's name of a model: with a schema for folders and Hub ids, bare for its own architectures."""
     bare = path.removeprefix("hf-hub:").removeprefix("local-dir:")
     if pretrained is not None:

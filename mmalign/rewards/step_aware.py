@@ -31,20 +31,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmalign.language.tokens import forget_padding
 from mmalign.resources import resolve_model
-from mmalign.rewards import BatchConfig, _spo_release, check_files, readable, transformers_clip
-from mmalign.rewards.open_clip import TextFeatures, load_parts, quiet
+from mmalign.rewards import BatchConfig, _clip_files, _spo_release, check_files, readable, transformers_clip
+from mmalign.rewards._clip_files import CONFIG
+from mmalign.rewards.open_clip import ClipParts, TextFeatures, unit_vectors
 
 if TYPE_CHECKING:
     from open_clip import CLIP
     from open_clip.transformer import ResidualAttentionBlock
 
 check = check_files
-CONFIG, WEIGHTS = "open_clip_config.json", "step_aware.safetensors"
+WEIGHTS = "step_aware.safetensors"
 FREQUENCIES = 256  # width of the sinusoid
 STD = 0.02  # of the time MLP's initial weights, as in the release
 
@@ -199,7 +199,9 @@ def load(path: str, device: torch.device, cfg: Config) -> StepAware:
     if (cfg.preprocessing or ("folder" if cfg.weights is None else "release")) == "release":
         about = PreprocessCfg(**parts.config["preprocess_cfg"])
         preprocess = _spo_release.preprocessing(net.clip.visual.image_size[0], about.mean, about.std)
-    return StepAware(net, preprocess, TextFeatures(net.clip, parts.tokenize, device), device, cfg.batch_size)
+    return StepAware(
+        net, preprocess, TextFeatures(unit_vectors(net.clip), parts.tokenize, device), device, cfg.batch_size
+    )
 
 
 def begin(path: str) -> Parts:
@@ -210,18 +212,12 @@ def begin(path: str) -> Parts:
     Raises:
         ValueError: `path` is none of these, or the CLIP's vision tower cannot be conditioned on the timestep.
     """
-    resolved = resolve_model(path)
-    if (Path(resolved) / WEIGHTS).is_file():
+    if (Path(resolve_model(path)) / WEIGHTS).is_file():
         return read(path)
-    about = _config_file(resolved)
-    if about is not None:
-        parts = load_parts(path)._replace(config=json.loads(about.read_text(encoding="utf-8")))
-    else:
-        try:
-            parts = transformers_clip.load_parts(path)
-        except ValueError as error:
-            known = f"a model of open_clip would have {CONFIG}, a step judge {WEIGHTS}"
-            raise ValueError(f"{error}; {known}") from error
+    try:
+        parts = _clip_files.load_start(path)
+    except ValueError as error:
+        raise ValueError(f"{error}, a step judge {WEIGHTS}") from error
     return Parts(_conditioned(path, parts.model), parts.preprocess, parts.tokenize, parts.config)
 
 
@@ -231,8 +227,6 @@ def read(path: str) -> Parts:
     Raises:
         ValueError: the folder has no such network, or its weights are incomplete or do not fit its config.
     """
-    import open_clip
-
     folder = Path(resolve_model(path))
     if not (folder / WEIGHTS).is_file():
         raise ValueError(
@@ -240,14 +234,11 @@ def read(path: str) -> Parts:
             "step_preference trains it"
         )
     with readable("step_aware", path, "it may be incomplete: copy it again"):
-        name = f"local-dir:{folder}"
-        with quiet():  # open_clip warns of random weights, which are replaced below
-            clip, _, preprocess = open_clip.create_model_and_transforms(name, load_weights=False)
-        tokenize = open_clip.get_tokenizer(name)
-        net = _conditioned(path, clip)
+        clip = _clip_files.random_parts(str(folder))
+        net = _conditioned(path, clip.model)
         net.load_state_dict(load_file(folder / WEIGHTS))
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    return Parts(net, preprocess, tokenize, config)
+    return Parts(net, clip.preprocess, clip.tokenize, config)
 
 
 def read_release(path: str, weights: str, clip: str) -> Parts:
@@ -280,26 +271,7 @@ def _conditioned(path: str, clip: CLIP) -> TimeConditioned:
         raise ValueError(f"reward step_aware: {path}: {error}") from None
 
 
-def _config_file(resolved: str) -> Path | None:
-    """Return the path of a model's open_clip config, from a folder or the Hub; None if there is none."""
-    if Path(resolved).is_dir():
-        return Path(resolved) / CONFIG if (Path(resolved) / CONFIG).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(resolved, CONFIG))
-    except EntryNotFoundError:
-        return None
-
-
 def save(parts: Parts, folder: Path) -> None:
     """Write config, tokenizer and weights to a folder."""
-    from open_clip.tokenizer import HFTokenizer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(parts.config, indent=2), encoding="utf-8")
-    if isinstance(parts.tokenize, HFTokenizer):  # open_clip's own tokenizer needs no file
-        forget_padding(parts.tokenize.tokenizer)
-        parts.tokenize.save_pretrained(folder)
-    save_file({name: x.detach().contiguous().cpu() for name, x in parts.net.state_dict().items()}, folder / WEIGHTS)
+    clip = ClipParts(parts.net.clip, parts.preprocess, parts.tokenize, parts.config)
+    _clip_files.write(clip, folder, parts.net.state_dict(), WEIGHTS)

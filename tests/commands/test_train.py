@@ -310,6 +310,8 @@ def test_every_shipped_recipe_takes_two_steps(
         elif requirements_of(method).generates:
             judges = ["method.generation.images=3", "method.generation.steps=2", "data.format=pick_a_pic"]
             judges.append(f"method.reward={{path: {tiny_clip}}}")
+        elif method.name == "bradley_terry":
+            model, sizes = tiny_clip, [f"data.path={pairs}"]
         elif method.name == "step_preference":
             judges = ["model.denoiser=" + str(model)]
             model = tiny_transformers_clip if "PickScore" in load_recipe(path).model.path else tiny_clip

@@ -341,7 +341,7 @@ def test_contrasts_keep_no_graph_and_losses_are_float32(tiny_sd15: Path, name: s
 
 
 def test_the_list_of_methods_is_the_folder() -> None:
-    of_images, of_judges, of_responses = (
+    of_images, of_steps, of_judges, of_responses = (
         [name for name in methods.names() if find_method(name)[0] == modality] for modality in SECTIONS
     )
     assert of_images == [
@@ -355,9 +355,9 @@ def test_the_list_of_methods_is_the_folder() -> None:
         "sft",
         "spo",
     ]
-    assert of_judges == ["step_preference"]
+    assert (of_steps, of_judges) == (["step_preference"], ["bradley_terry"])
     assert of_responses == ["bdhs", "dpo", "kto", "lipo", "mdpo", "povid", "realign", "response_sft", "rlhfv"]
-    assert sorted([*of_images, *of_judges, *of_responses]) == methods.names()
+    assert sorted([*of_images, *of_steps, *of_judges, *of_responses]) == methods.names()
     for name in methods.names():
         assert methods.find(name).Config.model_fields["name"].default == name
     known = ", ".join(methods.names())

@@ -6,6 +6,7 @@ from mmalign import methods
 from mmalign.methods import B, C, F, H, Method
 from mmalign.methods.text_to_image import (
     awm,
+    bradley_terry,
     cca,
     crd,
     dgpo,
@@ -32,6 +33,7 @@ def checked(method: Method[F, B, H, C]) -> object:
 METHODS = [
     checked(awm),
     checked(bdhs),
+    checked(bradley_terry),
     checked(cca),
     checked(crd),
     checked(dgpo),

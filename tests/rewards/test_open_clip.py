@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmalign.rewards import RewardModel, checked_reward_model, load_reward_model, names, reward_module
-from mmalign.rewards.open_clip import _open_clip_name
+from mmalign.rewards.open_clip import open_clip_name
 from tests.helpers import clip_models
 
 PROMPTS = ["a red circle", "two blue stars", "a red circle", "Green", ""]
@@ -88,9 +88,9 @@ def test_what_is_no_model_ends_in_one_sentence(path: str, options: dict[str, str
 
 
 def test_names_reach_open_clip_with_the_schema_it_wants(folder: Path) -> None:
-    assert _open_clip_name(str(folder), None) == _open_clip_name(f"local-dir:{folder}", None) == f"local-dir:{folder}"
-    assert _open_clip_name("org/name", None) == _open_clip_name("hf-hub:org/name", None) == "hf-hub:org/name"
-    assert _open_clip_name("ViT-B-32", "laion2b_s34b_b79k") == "ViT-B-32"
+    assert open_clip_name(str(folder), None) == open_clip_name(f"local-dir:{folder}", None) == f"local-dir:{folder}"
+    assert open_clip_name("org/name", None) == open_clip_name("hf-hub:org/name", None) == "hf-hub:org/name"
+    assert open_clip_name("ViT-B-32", "laion2b_s34b_b79k") == "ViT-B-32"
 
 
 def test_a_built_in_name_takes_weights_from_pretrained(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from mmalign.config.methods.online_images import (
     OnlineConfig,
 )
 from mmalign.config.methods.text_to_image import (
+    BradleyTerryConfig,
     CCAConfig,
     DiffusionDPOConfig,
     DiffusionKTOConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "AWMConfig",
     "AdvantageMethodConfig",
     "BDHSMethodConfig",
+    "BradleyTerryConfig",
     "CCAConfig",
     "CRDConfig",
     "DGPOConfig",
@@ -104,6 +106,7 @@ METHODS: dict[str, tuple[type[MethodConfig], ...]] = {
         SPOConfig,
     ),
     "step_judge": (StepPreferenceConfig,),
+    "image_judge": (BradleyTerryConfig,),
     "vision_language": (
         BDHSMethodConfig,
         DPOConfig,

@@ -1,4 +1,4 @@
-"""Hyper-parameters of the methods for text-to-image models and for the step judge."""
+"""Hyper-parameters of the methods for text-to-image models and for judges of images."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from mmalign.config.methods._shared import (
     NumCachedDraws,
     ThumbsMethodConfig,
 )
+
+
+class BradleyTerryConfig(MethodConfig):
+    """Hyper-parameters: none besides the kind of the rows."""
+
+    name: Literal["bradley_terry"] = "bradley_terry"
+    rows: Literal["pairs", "lists"] = Field(
+        "pairs", description="pairs, or whole lists of images with scores, whose ranking has Plackett and Luce's loss"
+    )
 
 
 class CCAConfig(MethodConfig):

@@ -42,13 +42,14 @@ class Selection(NamedTuple):
     prompt: str
     rejected_prompt: str = ""
     scores: tuple[float, ...] = ()
+    is_tie: bool = False
 
 
-def _select(parsed: Parsed, learning: Learning) -> tuple[list[Selection], int]:
-    """Return the training rows of a parsed row, and the number of ties among its images.
+def _select(parsed: Parsed, learning: Learning, *, ties: bool = False) -> tuple[list[Selection], int]:
+    """Return the training rows of a parsed row, and the number of ties among its images that are left out.
 
     Pairs are every two images of different worth, lists all images, the best first. Thumbs of several images are the
-    best and the worst.
+    best and the worst. With `ties`, a row of two images of equal worth is a pair too.
 
     Raises:
         UnusableRowError: a list has two prompts.
@@ -65,6 +66,8 @@ def _select(parsed: Parsed, learning: Learning) -> tuple[list[Selection], int]:
         if second:
             raise UnusableRowError("has two prompts; expected a list of images for one", "two prompts")
         return [Selection(tuple(order), prompt, scores=tuple(worth[n] for n in order))], 0
+    if ties and len(sides) == 2 and worth[0] == worth[1]:
+        return [Selection((0, 1), prompt, second, is_tie=True)], 0
     pairs = [(i, j) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
     selections = [Selection(pair, prompt, second) for pair in pairs if sides[pair[0]].image != sides[pair[1]].image]
     return selections, len(sides) * (len(sides) - 1) // 2 - len(pairs)
@@ -85,6 +88,7 @@ def open_pairs(
     labels: Collection[str] = FIELDS,
     learning: Learning = "pairs",
     cut_pairs: bool = False,
+    ties: bool = False,
 ) -> Pairs:
     """Index the pairs, thumbs or lists of a source without decoding its images.
 
@@ -103,6 +107,7 @@ def open_pairs(
         labels: the fields of the pairs' labels that the caller reads; thumbs and lists have none.
         learning: the kind of the rows.
         cut_pairs: make thumbs of pairs; of several images the best is liked and the worst disliked.
+        ties: take two images of equal worth as a pair with a preference of 1/2; they are skipped otherwise.
 
     Raises:
         ValueError: a file or column is missing, no layout fits, or no pair is left.
@@ -118,7 +123,7 @@ def open_pairs(
     if layout.name == SCORES.name:
         rows, layout = ListRows([*group_scores(rows, layout, group_by)]), RANKINGS if sources is None else EDITS
     label = partial(read_label, labels, margins)
-    indexed = ImageRows(rows, layout, ImageReader(images), group_by, learning, label)
+    indexed = ImageRows(rows, layout, ImageReader(images), group_by, learning, label, ties=ties)
     skipped, tied = indexed.index(limit, prompt_pairs is not None)
     pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied, taken, unread)
     expected = "with an image and a label" if layout.name == THUMBS.name else "in which one image is preferred"
@@ -166,6 +171,7 @@ class ImageRows:
         group_by: the column with a pair's group; the prompt if None.
         learning: the kind of the rows.
         label: a function that reads the label of a pair from its record.
+        ties: whether two images of equal worth are a pair.
     """
 
     def __init__(
@@ -176,10 +182,12 @@ class ImageRows:
         group_by: str | None,
         learning: Learning,
         label: Callable[..., Label],
+        *,
+        ties: bool = False,
     ) -> None:
         self._rows, self._layout, self._reader, self._group_by = rows, layout, reader, group_by
         self._learning: Learning = learning
-        self._read_label = label
+        self._read_label, self._ties = label, ties
         self._index: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)  # a pair's row, and its number in the row
         self._prompts, self._rejected_prompts, self._groups = list[str](), list[str](), list[str]()
         self._liked, self._annotators = list[bool](), list[str]()
@@ -203,7 +211,7 @@ class ImageRows:
                 continue
             try:
                 parsed = self._layout.read(row.location, row.record)
-                selections, ties = _select(parsed, self._learning)
+                selections, ties = _select(parsed, self._learning, ties=self._ties)
                 group = parsed.prompt if self._group_by is None else self._layout.group(row.record, self._group_by)
                 if prompt_pairs and not parsed.rejected_prompt:
                     raise UnusableRowError(f"has no {second}")
@@ -238,7 +246,8 @@ class ImageRows:
         if self._learning != "pairs":
             return NO_LABEL
         scores = [parsed.scores[n] for n in selection.numbers] if parsed.scores else []
-        return self._read_label(self._layout.own_names(row.record), parsed.preference, scores)
+        preference = 0.5 if selection.is_tie else parsed.preference
+        return self._read_label(self._layout.own_names(row.record), preference, scores)
 
     def _bad_images(self, images: Sequence[Image], row: SourceRow) -> dict[Image, UnusableRowError]:
         bad = dict[Image, UnusableRowError]()
@@ -254,7 +263,7 @@ class ImageRows:
         place, which = self._index[number].tolist()
         row = self._rows.row(place)
         parsed = self._layout.read(row.location, row.record)
-        numbers, prompt, second, scores = selection = _select(parsed, self._learning)[0][which]
+        numbers, prompt, second, scores, _ = selection = _select(parsed, self._learning, ties=self._ties)[0][which]
         refs, names = list[ImageRef](), list[str]()
         roles = output_names(len(numbers), scores)
         sides = [*(parsed.sides[n] for n in numbers), *filter(None, [parsed.source])]

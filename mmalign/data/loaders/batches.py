@@ -128,6 +128,33 @@ class EncodedPrompts:
         )
 
 
+@dataclass(frozen=True)
+class JudgedImages:
+    """Batch of images for a judge in training.
+
+    Attributes:
+        rows: the id of each row [B].
+        prompts: the prompts [B].
+        images: the images as the judge's preprocessing returns them [KB, 3, S, S], or their cached features [KB, D].
+        weights: [B]; 0 for a padding row.
+        scores: the score of each image [B, K], NaN where a row has none; pairs have none.
+        labels: the labels of the pairs; None if no pair has one.
+    """
+
+    rows: list[int]
+    prompts: list[str]
+    images: Tensor
+    weights: Tensor
+    scores: Tensor
+    labels: Labels | None
+
+    def to(self, device: torch.device) -> JudgedImages:
+        """Return the batch on a device."""
+        labels = None if self.labels is None else self.labels.to(device)
+        images, weights, scores = self.images.to(device), self.weights.to(device), self.scores.to(device)
+        return replace(self, images=images, weights=weights, scores=scores, labels=labels)
+
+
 def collate_labels(pairs: Sequence[ImagePair] | Sequence[ResponsePair]) -> Labels | None:
     """Return the labels of pairs as tensors, float32; None if no pair has one."""
     labels = [pair.label for pair in pairs]

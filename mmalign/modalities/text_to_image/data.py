@@ -76,7 +76,7 @@ def _open_prompts_or_pairs(recipe: Recipe, data: ImageData, needs: Requirements)
             f"method.name: {recipe.method.name} compares two images under two prompts; most methods take rows of one "
             "prompt"
         )
-    columns |= {"sources": source_use(recipe), "margins": Margins(data.margin, data.margin_scale)}
+    columns |= {"ties": needs.ties, "sources": source_use(recipe), "margins": Margins(data.margin, data.margin_scale)}
     return open_image_pairs(data.format, path, prompt_pairs=why, limit=data.limit, **columns)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from mmalign.config import ImageModel, JudgeModel, Model, Recipe
+from mmalign.config import ImageJudgeModel, ImageModel, JudgeModel, Model, Recipe
 from mmalign.data.formats.image_layouts import SOURCE
 from mmalign.data.formats.images import Sources
 from mmalign.families import loading
@@ -55,6 +55,10 @@ def source_use(recipe: Recipe) -> Sources | None:
     Raises:
         ValueError: `data.columns` names source images, and the model does not edit images.
     """
+    if isinstance(recipe.model, ImageJudgeModel):
+        if SOURCE in recipe.data.columns:
+            raise ValueError(f"data.columns: {SOURCE}: a judge of images sees no source images; leave the column out")
+        return None
     is_named, path, kind = SOURCE in recipe.data.columns, _path(recipe.model), pipeline_class(recipe.model)
     editing = EDITORS.get(kind or "")
     if is_named and kind is not None and editing is None:

@@ -84,6 +84,19 @@ def test_labels_choose_ties_are_counted_and_nonsense_is_dropped(tmp_path: Path) 
     )
 
 
+def test_ties_are_pairs_for_those_who_ask(tmp_path: Path) -> None:
+    """With a preference of 1/2, or that of a column; equal ranks in a longer list say nothing."""
+    path = write(tmp_path / "pairs.parquet", [(1.0, 0.0), (0.5, 0.5), (0.3, 0.7)], preference=[None, None, 0.6])
+    pairs = open_pairs("pick_a_pic", str(path), labels=["preference"], ties=True)
+    assert [pair.label.preference for pair in pairs] == [1.0, 0.5, 0.6] and pairs.ties == 0
+    assert level(pairs, 1) == (10, 11)
+    pictures(tmp_path / "test", 3)
+    record = {"prompt": "a", "image_path": [f"{i}.png" for i in range(3)], "rank": [1, 2, 2]}
+    (tmp_path / "test.json").write_text(json.dumps([record]))
+    ranked = open_pairs("rankings", str(tmp_path / "test.json"), ties=True)
+    assert (len(ranked), ranked.ties) == (2, 1)
+
+
 def test_images_may_be_structs_of_bytes_and_path(tmp_path: Path) -> None:
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature

@@ -37,9 +37,9 @@ def test_training_raises_the_step_accuracy(tiny_sd15: Path, tiny_clip: Path, tmp
     before, after = (evaluation.result[side]["1"]["estimate"] for side in ("before", "after"))
     assert after > 0.8 and after > before
     assert evaluation.table[0][1:3] == ("before", "after") and [row[0] for row in evaluation.table[1:]] == ["1", "999"]
-    with pytest.raises(ValueError, match="a step judge generates no images"):
+    with pytest.raises(ValueError, match="a judge generates no images"):
         gallery.gallery(result)
-    with pytest.raises(ValueError, match="prepare: a step judge generates"):
+    with pytest.raises(ValueError, match="prepare: a judge generates"):
         prepare.prepare(result)
 
 

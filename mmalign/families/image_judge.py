@@ -1,0 +1,317 @@
+"""Judge of images in training: a CLIP whose scores of an image and its prompt are logits of preferences.
+
+The score is the cosine of both vectors times the learned scale, as the reward model `open_clip` computes it. What is
+trained are both towers, adapters in them, or the last linear layer of each on features that do not change.
+
+N images of M prompts, N a multiple of M; S is the side of the judge's input image, L the number of tokens, D and E are
+the widths of features and vectors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from mmalign.attention.choice import SelectedBackend
+from mmalign.families import lora
+from mmalign.families.types import Loading, LoraSettings
+from mmalign.policy.sharding import ShardPlan
+from mmalign.reading.weights import tensors_only
+from mmalign.rewards import _clip_files, open_clip
+from mmalign.rewards.open_clip import ClipParts, TextFeatures
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
+    from peft import LoraConfig
+
+NOT_COMPILED = "train.compile: not supported for judges of images; leave it out"
+NOT_SHARDED = "train.sharding: not supported for judges, which fit on one device; leave it out"
+
+
+class ClipScorer(nn.Module):
+    """CLIP of open_clip as one network from images and prompts to scores.
+
+    Attributes:
+        clip: the CLIP.
+    """
+
+    def __init__(self, clip: CLIP) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, images: Tensor, text: Tensor) -> Tensor:
+        """Return scores [N], float32; image i belongs to prompt i mod M.
+
+        Args:
+            images: preprocessed images [N, 3, S, S], or features of them [N, D].
+            text: tokens of the prompts [M, L], or features of them [M, D].
+        """
+        image = self._project(images, 0) if images.dim() == 2 else self.clip.encode_image(images, normalize=True)
+        prompt = self._project(text, 1) if text.is_floating_point() else self.clip.encode_text(text, normalize=True)
+        cosine: Tensor = (image.float() * prompt.float().repeat(len(image) // len(prompt), 1)).sum(-1)
+        scale: Tensor = self.clip.logit_scale.float().exp()
+        return scale * cosine
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return the features [N, D] of images [N, 3, S, S], before the last linear layer."""
+        with _without_projection(*self._projections[0]):
+            features: Tensor = self.clip.encode_image(images)
+        return features
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """Return the features [M, D] of tokens [M, L], before the last linear layer."""
+        with _without_projection(*self._projections[1]):
+            features: Tensor = self.clip.encode_text(tokens)
+        return features
+
+    def head(self) -> list[nn.Parameter]:
+        """Return the weights of the last linear layers and of the scale.
+
+        Raises:
+            ValueError: a tower has no such layer.
+        """
+        return [*(p for place in self._projections for p in _weights(*place)), self.clip.logit_scale]
+
+    def add_adapter(self, config: LoraConfig) -> None:
+        """Add adapters, as networks of diffusers and transformers do."""
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, self, adapter_name=lora.TRAINED)
+
+    @property
+    def _projections(self) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
+        """The modules with the last linear layer of the vision tower and of the text tower, and its name in each."""
+        from open_clip import CLIP, CustomTextCLIP
+        from open_clip.transformer import TextTransformer, VisionTransformer
+
+        vision, text = self.clip.visual, self.clip.text if isinstance(self.clip, CustomTextCLIP) else self.clip
+        known = isinstance(vision, VisionTransformer) and isinstance(text, CLIP | TextTransformer)
+        if not known or vision.proj is None or text.text_projection is None:
+            raise ValueError(
+                f"model.head: the towers {type(vision).__name__} and {type(text).__name__} end in no linear layer that "
+                "is known; leave head out, or use tune: lora"
+            )
+        return (vision, "proj"), (text, "text_projection")
+
+    def _project(self, features: Tensor, tower: int) -> Tensor:
+        """Return unit vectors [N, E] of features [N, D]."""
+        module, name = self._projections[tower]
+        layer: Any = getattr(module, name)
+        return F.normalize(layer(features) if isinstance(layer, nn.Linear) else features @ layer, dim=-1)
+
+
+@contextlib.contextmanager
+def _without_projection(module: nn.Module, name: str) -> Iterator[None]:
+    """Have a tower return its features: open_clip applies no layer where it is None."""
+    layer = getattr(module, name)
+    setattr(module, name, None)
+    try:
+        yield
+    finally:
+        setattr(module, name, layer)
+
+
+def _weights(module: nn.Module, name: str) -> list[nn.Parameter]:
+    layer: nn.Linear | nn.Parameter = getattr(module, name)
+    return list(layer.parameters()) if isinstance(layer, nn.Linear) else [layer]
+
+
+@dataclass(frozen=True)
+class ImageJudge:
+    """Adapter of a CLIP as a judge to the protocol Family.
+
+    Attributes:
+        name: the path or Hub id that the CLIP was loaded from.
+        parts: the CLIP with its preprocessing, tokenizer and config.
+        network: the CLIP as a network that scores.
+        loading: the network's device, and the dtype of its autocast.
+        head_only: only the last linear layers are trained.
+    """
+
+    name: str
+    parts: ClipParts
+    network: ClipScorer
+    loading: Loading
+    head_only: bool = False
+
+    @property
+    def default_lora_targets(self) -> Sequence[str]:
+        """All linear layers that can be adapted, those of the multilayer perceptrons in both towers."""
+        return self.linear_layers
+
+    @cached_property
+    def linear_layers(self) -> Sequence[str]:
+        """The ends of the names of the linear layers that are called; attention reads the weights of its own."""
+        parents = dict(self.network.named_modules())
+        called = [
+            name.rpartition(".")
+            for name, layer in parents.items()
+            if isinstance(layer, nn.Linear) and not isinstance(parents[name.rpartition(".")[0]], nn.MultiheadAttention)
+        ]
+        return sorted({end for _, _, end in called})
+
+    def add_lora(self, settings: LoraSettings) -> None:
+        unknown = [name for name in settings.targets if name.rpartition(".")[2] not in self.linear_layers]
+        if unknown:
+            raise ValueError(
+                f"model.lora.targets: {', '.join(unknown)} cannot be adapted; expected suffixes of linear layers, such "
+                f"as {', '.join(self.linear_layers)}"
+            )
+        lora.add_lora(self.network, settings)
+
+    def continue_adapter(self, path: str) -> None:
+        """Refuse adapters.
+
+        Raises:
+            ValueError: always; a judge's adapters are added to its weights when it is saved.
+        """
+        raise ValueError("model.adapter: a trained judge is a whole CLIP; name its folder as model.path")
+
+    def unfreeze(self) -> None:
+        """Unfreeze both towers and the scale, or the last linear layers and the scale."""
+        if self.head_only:
+            for parameter in self.network.head():
+                parameter.requires_grad_(True)
+            return
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(not name.endswith("logit_bias"))  # cancels in differences
+
+    def frozen_copy(self) -> nn.Module:
+        return copy.deepcopy(self.network).requires_grad_(False).eval()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the activations of both towers."""
+        self.network.clip.set_grad_checkpointing(True)
+
+    def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
+        """Refuse compilation.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(NOT_COMPILED)
+
+    def shard_plan(self, net: nn.Module) -> ShardPlan:
+        """Refuse sharding.
+
+        Raises:
+            ValueError: always; the network is small, and its scale is a scalar.
+        """
+        raise ValueError(NOT_SHARDED)
+
+    def use_attention(self, wanted: str) -> SelectedBackend:
+        """Return PyTorch's attention, open_clip's own.
+
+        Raises:
+            ValueError: `wanted` is "xformers".
+        """
+        if wanted == "xformers":
+            raise ValueError("train.attention: xformers is not supported for judges of images; use auto or sdpa")
+        return SelectedBackend("sdpa")
+
+    @property
+    def packing(self) -> None:
+        """None, since images have no responses to pack."""
+        return None
+
+    def encoders(self) -> Iterable[tuple[str, nn.Module]]:
+        """Return nothing: the towers belong to the trained network."""
+        return ()
+
+    def save(self, folder: Path, net: nn.Module) -> None:
+        """Write a folder that open_clip and the reward model `open_clip` load, with adapters added to the weights."""
+        self._write(folder, net, torch.float32)
+
+    def export(self, folder: Path, net: nn.Module, form: str, dtype: torch.dtype | None) -> None:
+        """Write the form merged, which is that of a run's model in another dtype; the arguments are Family's.
+
+        Raises:
+            ValueError: the form is another one, or other weights were read back.
+        """
+        if form != "merged":
+            raise ValueError("a judge of images has one form, a folder of open_clip; use merged")
+        written = self._write(folder, net, dtype or torch.float32)
+        read = open_clip.load_parts(str(folder)).model.state_dict()
+        changed = [name for name, weight in written.items() if not torch.equal(read[name], weight.float())]
+        if changed:
+            raise ValueError(f"{changed[0]} was read back with other numbers; use dtype float32")
+
+    def _write(self, folder: Path, net: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Write a folder in open_clip's format, and return its weights."""
+        assert isinstance(net, ClipScorer)
+        if lora.adapter_layers(net):
+            net = copy.deepcopy(net)
+            lora.absorb_adapters(net)
+        weights = {name: x.detach().cpu().to(dtype) for name, x in net.clip.state_dict().items()}
+        _clip_files.write(self.parts, folder, weights)
+        return weights
+
+    def load_trained(self, folder: Path) -> nn.Module:
+        with tensors_only():
+            net = ClipScorer(open_clip.load_parts(str(folder)).model)
+        return net.requires_grad_(False).eval().to(self.loading.device)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Return the judge's input [3, S, S], on the CPU."""
+        return self.parts.preprocess(image)
+
+    @torch.no_grad()
+    def inputs(self, images: Tensor) -> Tensor:
+        """Return the network's inputs for images [N, 3, S, S]: the images, or features [N, D] for the last layer.
+
+        Features pass through. Each image is encoded by a call of its own, so that its features are always the same.
+        """
+        if not self.head_only or images.dim() == 2:
+            return images.to(self.loading.device)
+        with self.loading.autocast():
+            return torch.cat([self.network.image_features(x[None].to(self.loading.device)).float() for x in images])
+
+    def text_inputs(self, prompts: Sequence[str]) -> Tensor:
+        """Return the network's inputs for prompts [M]: tokens [M, L], or features [M, D] for the last layer."""
+        if self.head_only:
+            return self._features(prompts)
+        return self.tokens(prompts)
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Tokenize prompts [M]: [M, L]."""
+        return self.parts.tokenize(list(prompts)).to(self.loading.device)
+
+    @cached_property
+    def _features(self) -> Callable[[Sequence[str]], Tensor]:
+        """A function that encodes each prompt once."""
+        return TextFeatures(self.network.text_features, self.parts.tokenize, self.loading.device)
+
+    def score(self, net: nn.Module, images: Tensor, text: Tensor) -> Tensor:
+        """Return the scores [N], float32, of the inputs of N images and of M prompts (see ClipScorer)."""
+        with self.loading.autocast():
+            scores: Tensor = net(images, text)
+        return scores.float()
+
+
+def load(path: str, loading: Loading, *, head_only: bool = False, random: bool = False) -> ImageJudge:
+    """Load a CLIP to train: of open_clip or transformers, with its weights or with random ones.
+
+    Raises:
+        ValueError: the path has neither, a tower has batch normalization, or `head_only` and no known last layer.
+    """
+    with tensors_only(loading.allow_pickle):
+        parts = _clip_files.load_start(path, random=random)
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in parts.model.modules()):
+        raise ValueError(
+            f"model.path: the vision tower of {path} has batch normalization, whose running statistics are no weights; "
+            "expected a vision transformer, such as ViT-B-32's"
+        )
+    network = ClipScorer(parts.model.float()).requires_grad_(False).eval().to(loading.device)
+    if head_only:
+        network.head()
+    return ImageJudge(path, parts, network, loading, head_only)

@@ -1,0 +1,80 @@
+"""A judge of images by Bradley and Terry (Biometrika 39, 1952), as PickScore is trained (arXiv:2305.01569).
+
+    s_i = exp(scale) cos(image_i, prompt)                    by a CLIP
+    loss = -p log sigma(s_1 - s_2) - (1 - p) log sigma(s_2 - s_1)     of a tie less ln 2
+
+p is the pair's `preference`, 1 without that column and 1/2 for a tie. The gradient is 0 where the judge's probability
+is p. Lists have the loss of their ranking (Plackett, Applied Statistics 24, 1975; Luce, 1959):
+
+    loss = sum_i log(1 + sum_j exp(s_j - s_i))               over all j of a smaller score
+
+With two images it is the pair's loss. Images of equal scores are not compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmalign.config.methods import BradleyTerryConfig as Config
+from mmalign.data.loaders.batches import JudgedImages
+from mmalign.families.image_judge import ImageJudge
+from mmalign.losses import pairwise
+from mmalign.losses.groups import Group, order_accuracy, pick, plackett_luce
+from mmalign.losses.pairwise import Pair
+from mmalign.methods import Requirements, Step
+from mmalign.policy import Policy
+from mmalign.rng import KeyedRNG
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The judge's inputs for KB images and B prompts, and the batch."""
+
+    images: Tensor
+    text: Tensor
+    batch: JudgedImages
+
+
+def requirements(cfg: Config) -> Requirements:
+    """Return the method's needs: pairs with ties, or lists, and no reference."""
+    if cfg.rows == "lists":
+        return Requirements(reference=False, learns_from="lists")
+    return Requirements(reference=False, labels=("preference", "weight"), ties=True)
+
+
+def contrasts(policy: Policy[ImageJudge], batch: JudgedImages, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
+    """Return one contrast: the rows with the judge's inputs."""
+    family = policy.family
+    return [Contrast(family.inputs(batch.images), family.text_inputs(batch.prompts), batch)]
+
+
+def loss(policy: Policy[ImageJudge], contrast: Contrast, cfg: Config) -> Step:
+    """Return the negative log-likelihood [B] of the rows' preferences."""
+    batch = contrast.batch
+    scores = policy.family.score(policy.model, contrast.images, contrast.text).view(-1, len(batch.rows)).T
+    return _ranking(scores, batch) if cfg.rows == "lists" else _preference(scores, batch)
+
+
+def _preference(scores: Tensor, batch: JudgedImages) -> Step:
+    """Return the step of pairs' scores [B, 2]."""
+    pair, ones = Pair(scores[:, 0], scores[:, 1]), torch.ones_like(batch.weights)
+    share, factors = (ones, ones) if batch.labels is None else (batch.labels.preference, batch.labels.weight)
+    losses, side = factors * pairwise.soft_preference(pair, share), (2 * share - 1) * pair.margin.detach()
+    right = (side > 0).float() + 0.5 * (side == 0).float()
+    return _step(losses, batch, right, pair.margin)
+
+
+def _ranking(scores: Tensor, batch: JudgedImages) -> Step:
+    """Return the step of lists' scores [B, K]; the margin is that of the best and the worst image."""
+    present, zeros = ~batch.scores.isnan(), torch.zeros_like(scores)
+    group = Group(scores, zeros, batch.scores.nan_to_num(), present, torch.ones_like(scores))
+    losses = plackett_luce(group, beta=1.0)
+    return _step(losses, batch, order_accuracy(group), pick(scores, group.best) - pick(scores, group.worst))
+
+
+def _step(losses: Tensor, batch: JudgedImages, accuracy: Tensor, margin: Tensor) -> Step:
+    metrics = {"loss": losses, "accuracy": accuracy, "margin": margin}
+    return Step(losses, batch.weights, {name: metric.detach() for name, metric in metrics.items()})

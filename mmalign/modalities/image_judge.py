@@ -1,0 +1,229 @@
+"""The judge of images: a CLIP trained on preferences, and audited on held-out ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmalign.config import EvaluateJudge, ImageJudgeModel, Model, Recipe
+from mmalign.config.evaluation import reward_models
+from mmalign.data.caches import fingerprint
+from mmalign.data.caches.array_cache import ArrayCache, cache_folder
+from mmalign.data.caches.fill import fill
+from mmalign.data.caches.precompute import PrecomputeSpec
+from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
+from mmalign.data.images import BadImage, decode
+from mmalign.data.loaders.batches import JudgedImages
+from mmalign.data.loaders.judged_images import JudgedImageReader, encode_features
+from mmalign.data.loaders.sampler import EpochSampler
+from mmalign.data.pairs import ImagePair, output_names
+from mmalign.doctor.corpus import NotChecked, RecipeInputs
+from mmalign.evaluation.benchmarks import judge
+from mmalign.evaluation.judged_rows import Judge, judge_rows
+from mmalign.evaluation.metrics import SIDES
+from mmalign.families import image_judge
+from mmalign.families.image_judge import NOT_COMPILED, ImageJudge
+from mmalign.families.types import Loading
+from mmalign.methods import Requirements
+from mmalign.modalities import Measure, Result, loading, step_judge
+from mmalign.modalities.prompts import located
+from mmalign.modalities.text_to_image import check
+from mmalign.pages.examples import DataView, ExampleSide, TrainingExample
+from mmalign.policy import Policy
+from mmalign.rewards import COMPARING
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+UNREAD = ("resolution", "fit", "crop", "flip")  # settings of `data`: a judge has its own preprocessing
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check the settings that depend on the modality.
+
+    Raises:
+        ValueError: the recipe compiles the network, packs responses, or cuts images.
+    """
+    if recipe.train.compile:
+        raise ValueError(NOT_COMPILED)
+    check.check_packing(recipe)
+    data = recipe.data
+    given = [name for name in UNREAD if getattr(data, name) != type(data).model_fields[name].default]
+    if given:
+        raise ValueError(
+            f"data.{given[0]}: means nothing here: a judge's own preprocessing scales and cuts images; leave "
+            f"{' and '.join(given)} out"
+        )
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Check the judge to compare with.
+
+    Raises:
+        ValueError: it is missing or invalid.
+    """
+    section = recipe.evaluate
+    if isinstance(section, EvaluateJudge) and section.reward is not None:
+        loading.check_reward_model("evaluate.reward", section.reward)
+
+
+def check_model(model: Model) -> None:
+    """Check the model's path.
+
+    Raises:
+        ValueError: it is not found.
+    """
+    located("model.path", model.path)
+
+
+def load_family(model: Model, options: Loading) -> ImageJudge:
+    """Load the CLIP to train.
+
+    Raises:
+        ValueError: it cannot be loaded or trained.
+    """
+    assert isinstance(model, ImageJudgeModel)
+    head, random = model.head is not None, model.weights == "random"
+    return image_judge.load(model.path, options, head_only=head, random=random)
+
+
+def describe_head(model: Model) -> dict[str, str]:
+    """Return the part of the network that is trained, if it is not all of it."""
+    assert isinstance(model, ImageJudgeModel)
+    return {"head": model.head} if model.head is not None else {}
+
+
+def build_data_module(
+    family: ImageJudge,
+    recipe: Recipe,
+    splits: Splits,
+    accelerator: Accelerator,
+    needs: Requirements,
+    *,
+    spec: PrecomputeSpec | None = None,
+    reward_model: Any = None,
+) -> DataModule:
+    """Return the loaders of the rows, with features from a filled cache if the last layers alone are trained.
+
+    The arguments and errors are those of `DataModuleBuilder`.
+    """
+    data = recipe.data
+    features = None
+    if family.head_only and data.cache != "off":
+        features = _fill_features(family, recipe, splits, accelerator)
+
+    def encode(batch: JudgedImages) -> JudgedImages:
+        return batch.to(family.loading.device)
+
+    loaders = open_loaders(
+        JudgedImageReader(family.preprocess, features),
+        splits,
+        accelerator,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        num_workers=data.num_workers,
+        max_bad=data.max_bad,
+    )
+    return DataModule(encode, *loaders, summarize(splits), latents=features)
+
+
+def _fill_features(family: ImageJudge, recipe: Recipe, splits: Splits, accelerator: Accelerator) -> ArrayCache:
+    """Return the cache of the vision tower's features, filled; the processes share the images."""
+    depends = {
+        "network": fingerprint.fingerprint_network(family.network),
+        "preprocessing": fingerprint.fingerprint_settings(family.parts.config),
+        "autocast": str(family.loading.half),
+    }
+    cache = ArrayCache.open(cache_folder(recipe.data, Path(recipe.output)) / "features", depends)
+    images = {ref.key: ref for pairs in splits if pairs is not None for pair in pairs for ref in pair.outputs}
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    mine = [images[key] for key in cache.share(images, rank=rank, world_size=world_size)]
+    steps = encode_features(mine, family.preprocess, family.inputs, recipe.data.num_workers)
+    fill(cache, steps, len(mine), "encode images", accelerator)
+    return cache
+
+
+def show_pairs(recipe: Recipe, splits: Splits, number: int) -> DataView:
+    """Return the first examples, before the judge's own preprocessing."""
+    train = splits[0]
+    order = EpochSampler(len(train), 1, recipe.train.seed).order(0)
+    facts = [f"{len(set(train.prompts())):,} different prompts"]
+    return DataView(facts, [_example(train[place]) for place in order[:number]])
+
+
+def _example(pair: ImagePair) -> TrainingExample:
+    try:
+        images = [decode(ref) for ref in pair.outputs]
+    except BadImage as error:
+        return TrainingExample(pair.location, pair.prompt, skipped=[str(error)])
+    names = output_names(len(images), pair.scores)
+    sides = [
+        ExampleSide(name, f"{image.width}x{image.height}", images={"before preprocessing": image})
+        for name, image in zip(names, images, strict=True)
+    ]
+    return TrainingExample(pair.location, pair.prompt, sides)
+
+
+def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) -> Measure:
+    """Load the judge to compare with, if there is one; return the audit on the validation split.
+
+    Raises:
+        ValueError: the judge cannot be loaded.
+    """
+    section = recipe.evaluate
+    assert isinstance(section, EvaluateJudge) and splits is not None and splits[1] is not None
+    pairs, batch_size, others = splits[1], recipe.train.batch_size, dict[str, Judge]()
+    if section.reward is not None:
+        scores, allow_pickle = Path(recipe.output) / "scores", recipe.allow_pickle
+        model = loading.build_reward_model(section.reward, device, allow_pickle=allow_pickle, scores=scores)
+        others[judge.OTHER] = model
+        if any(config.name in COMPARING for config in reward_models(section.reward)):
+            batch_size = 1  # its scores compare the images of a call
+
+    def measure(policy: Policy[ImageJudge], *_: object) -> Result:
+        judges = {side: partial(_scores, policy, side) for side in SIDES}
+        rows = judge_rows(pairs, {**judges, **others}, batch_size=batch_size)
+        return judge.audit(judge.compare_images(pairs, rows), section.bins)
+
+    return measure
+
+
+@torch.no_grad()
+def _scores(policy: Policy[ImageJudge], side: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+    """Return the scores [N] of images by the judge before or after training."""
+    family = policy.family
+    pixels = torch.stack([family.preprocess(image) for image in images]).to(family.loading.device)
+    run: Callable[..., Tensor] = partial(family.score, images=pixels, text=family.tokens(prompts))
+    if side == SIDES[1]:
+        return run(policy.unwrapped)
+    before = policy.on_reference(run)
+    assert before is not None
+    return before
+
+
+MODALITY = replace(
+    step_judge.MODALITY,
+    check=check_recipe,
+    check_evaluation=check_evaluation,
+    loading_hint=lambda _, folder, __: f"reward: {{name: open_clip, path: {folder}}}",
+    loaded_by="open_clip",
+    pipeline_tag="zero-shot-image-classification",
+    check_model=check_model,
+    load_family=load_family,
+    model_dependencies=describe_head,
+    build_data_module=build_data_module,
+    show=show_pairs,
+    open_benchmark=open_benchmark,
+    doctor_inputs=lambda _: RecipeInputs(*[NotChecked("the judge's own tokenizer cuts prompts")] * 3),
+    example_evaluation="{benchmark: judge}",
+)
