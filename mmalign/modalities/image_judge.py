@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.config import EvaluateJudge, ImageJudgeModel, Model, Recipe
-from mmalign.config.evaluation import reward_models
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache, cache_folder
 from mmalign.data.caches.fill import fill
@@ -38,12 +36,9 @@ from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check
 from mmalign.pages.examples import DataView, ExampleSide, TrainingExample
 from mmalign.policy import Policy
-from mmalign.rewards import COMPARING
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-logger = logging.getLogger(__name__)
 
 UNREAD = ("resolution", "fit", "crop", "flip")  # settings of `data`: a judge has its own preprocessing
 
@@ -187,7 +182,7 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
         scores, allow_pickle = Path(recipe.output) / "scores", recipe.allow_pickle
         model = loading.build_reward_model(section.reward, device, allow_pickle=allow_pickle, scores=scores)
         others[judge.OTHER] = model
-        if any(config.name in COMPARING for config in reward_models(section.reward)):
+        if loading.comparing_judges(section.reward):
             batch_size = 1  # its scores compare the images of a call
 
     def measure(policy: Policy[ImageJudge], *_: object) -> Result:

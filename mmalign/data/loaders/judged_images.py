@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.fill import Items
 from mmalign.data.images import BadImage, decode
-from mmalign.data.loaders.batches import JudgedImages, collate_labels
-from mmalign.data.loaders.image_pairs import SAME_SIDES, pad_scores
+from mmalign.data.loaders.batches import JudgedImages, collate_labels, pad_scores
+from mmalign.data.loaders.image_pairs import SAME_SIDES
 from mmalign.data.pairs import ImagePair, ImageRef, SkippedRow
 
 FEATURES = "features"  # field of the cache
