@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mmalign import methods
-from mmalign.config import SECTIONS
 from mmalign.config.losses import DPOLossConfig
-from mmalign.config.methods import find_method
+from mmalign.config.methods import METHODS
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.flow import Flow
 from mmalign.families.base import TextToImage
@@ -341,23 +340,8 @@ def test_contrasts_keep_no_graph_and_losses_are_float32(tiny_sd15: Path, name: s
 
 
 def test_the_list_of_methods_is_the_folder() -> None:
-    of_images, of_steps, of_judges, of_responses = (
-        [name for name in methods.names() if find_method(name)[0] == modality] for modality in SECTIONS
-    )
-    assert of_images == [
-        "cca",
-        "diffusion_dpo",
-        "diffusion_kto",
-        "diffusion_lpo",
-        "inpo",
-        "instruct_engine",
-        "mapo",
-        "sft",
-        "spo",
-    ]
-    assert (of_steps, of_judges) == (["step_preference"], ["bradley_terry"])
-    assert of_responses == ["bdhs", "dpo", "kto", "lipo", "mdpo", "povid", "realign", "response_sft", "rlhfv"]
-    assert sorted([*of_images, *of_steps, *of_judges, *of_responses]) == methods.names()
+    listed = [config.model_fields["name"].default for configs in METHODS.values() for config in configs]
+    assert sorted(listed) == methods.names() and len(set(listed)) == len(listed)
     for name in methods.names():
         assert methods.find(name).Config.model_fields["name"].default == name
     known = ", ".join(methods.names())
