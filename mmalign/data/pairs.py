@@ -141,6 +141,7 @@ class ResponsePair:
         label: the pair's label.
         others: the responses of a list after the second.
         scores: the score of each response, larger is better; of a thumb 1 or 0. Empty for a pair.
+        truth: the texts of the true answer, for judges of generated responses.
     """
 
     row: int
@@ -156,19 +157,20 @@ class ResponsePair:
     label: Label = NO_LABEL
     others: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
+    truth: tuple[str, ...] = ()
 
     @property
     def responses(self) -> tuple[str, ...]:
-        """All responses in order, without the hallucinated one."""
-        return (self.chosen, *filter(None, [self.rejected]), *self.others)
+        """All responses in order, without the hallucinated one; none for a prompt alone."""
+        return (*filter(None, [self.chosen, self.rejected]), *self.others)
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Conversation, responses, images and scores."""
+        """Conversation, responses, images, scores and the true answer."""
         roles = (self.images, self.rejected_images, self.other_images)
         keys = ("|".join(image.key for image in images) for images in roles)
         texts = (repr(self.turns), self.chosen, self.rejected, self.hallucinated, *self.others)
-        return (*texts, *keys, *map(repr, self.scores))
+        return (*texts, *keys, *map(repr, self.scores), *self.truth)
 
     @property
     def identity(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from mmalign.data.formats.files import records, shorten
 from mmalign.evaluation.question_files import read_rows
-from mmalign.evaluation.yes_no import final_answer
+from mmalign.language.yes_no import final_answer
 
 Record = Mapping[str, object]
 K = TypeVar("K")

@@ -21,11 +21,11 @@ from mmalign.console import tracked
 from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.pairs import SkippedRow, stable_hash
 from mmalign.evaluation.benchmarks.base import Images
-from mmalign.evaluation.yes_no import begun_thought
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import GeneratedText, ImageFeatures, ImageView
 from mmalign.language.chat import IMAGE, Turn
 from mmalign.language.tokens import TokenizedResponse
+from mmalign.language.yes_no import begun_thought
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 from mmalign.training.processes import current_processes

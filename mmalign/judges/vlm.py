@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from mmalign.judges._asking import Asker, AskingConfig, check_question, fill, load_asker
-from mmalign.rewards import ResponseJudge, check_files
+from mmalign.rewards import ResponseJudge, Truths, check_files
 
 check = check_responses = check_files
 
@@ -71,7 +71,12 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
     """
     asker = load_asker("vlm", path, device, cfg)
 
-    def score(images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    def score(
+        images: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        truths: Truths | None = None,
+    ) -> Tensor:
         questions = [
             fill(cfg.response_question, prompt=prompt, response=response)
             for prompt, response in zip(prompts, responses, strict=True)

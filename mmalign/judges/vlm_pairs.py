@@ -19,7 +19,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from mmalign.judges._asking import Asker, AskingConfig, check_question, fill, load_asker
-from mmalign.rewards import ResponseJudge, check_files
+from mmalign.rewards import ResponseJudge, Truths, check_files
 from mmalign.rewards._combine import groups_of, question_keys
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,12 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
     """
     comparer = Comparer(load_asker("vlm_pairs", path, device, cfg), cfg)
 
-    def score(images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    def score(
+        images: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        truths: Truths | None = None,
+    ) -> Tensor:
         def question(row: int, one: int, other: int) -> str:
             texts = {"prompt": prompts[row], "first": responses[one], "second": responses[other]}
             return fill(cfg.response_question, **texts)

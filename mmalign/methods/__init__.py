@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -81,7 +81,7 @@ class Requirements:
         reference: a reference network, or its cached scores.
         labels: the fields of the pairs' labels that the loss reads.
         learns_from: kind of the rows: pairs, thumbs (one output with a label), lists (several outputs with scores), or
-            prompts, for a method that generates its own images.
+            prompts, for a method that generates its own images or responses.
         liked_share: share of liked outputs among those of an epoch; None takes every thumb once.
         ties: pairs of images neither of which is preferred, with a preference of 1/2.
         rejected: rejected responses; a method without this need also takes rows of answers alone.
@@ -105,7 +105,7 @@ class Requirements:
 
     reference: bool = True
     labels: Sequence[str] = ()
-    learns_from: Learning | Literal["prompts"] = "pairs"
+    learns_from: Learning = "pairs"
     liked_share: float | None = None
     ties: bool = False
     rejected: bool = True
@@ -127,12 +127,12 @@ class Requirements:
 
     @property
     def generates(self) -> bool:
-        """True for a method that generates its own images from prompts."""
+        """True for a method that generates its own images or responses from prompts."""
         return self.learns_from == "prompts"
 
     @property
     def learning(self) -> Learning:
-        """Kind of the rows to read; prompts are those of pairs."""
+        """Kind of the image rows to read; prompts are those of pairs."""
         return "pairs" if self.learns_from == "prompts" else self.learns_from
 
 

@@ -26,11 +26,11 @@ from mmalign.resources import resolve_model
 from mmalign.rewards import (
     ResponseJudge,
     RewardModel,
+    image_module,
     load_response_judge,
     load_reward_model,
     response_module,
     reward_config,
-    reward_module,
 )
 from mmalign.rewards._combine import combined, combined_responses
 from mmalign.training.processes import current_processes
@@ -249,7 +249,7 @@ def check_method_judge(recipe: Recipe) -> None:
     if needs.reward is None:
         return
     is_of_responses = isinstance(recipe.data, ResponseData)  # a call then has all responses to a question
-    check_reward_model(needs.reward_key, needs.reward, responses=is_of_responses)
+    check_reward_model(needs.reward_key, needs.reward, responses=is_of_responses, truths=needs.generates)
     comparing = comparing_judges(needs.reward)
     if comparing and not is_of_responses:
         raise ValueError(
@@ -259,24 +259,30 @@ def check_method_judge(recipe: Recipe) -> None:
         )
 
 
-def check_reward_model(key: str, reward: Rewards, *, responses: bool = False) -> None:
+def check_reward_model(key: str, reward: Rewards, *, responses: bool = False, truths: bool = False) -> None:
     """Check the names, the options and the paths of the reward models that a recipe names at `key`.
 
     Args:
         key: the recipe's key, for messages.
         reward: the section of the recipe.
         responses: true for judges of responses.
+        truths: true if they may get the data's true answers.
 
     Raises:
-        ValueError: there is no such reward model, an option is invalid, or its folder or function is missing.
+        ValueError: there is no such reward model, an option is invalid, its folder or function is missing, or it needs
+            true answers.
     """
     configs = reward_models(reward)
     if not configs:
         raise ValueError(f"{key}: an empty list; name at least one reward model")
     for number, config in enumerate(configs):
         place = key if isinstance(reward, RewardConfig) else f"{key}.{number}"
-        reward_config(config.name, config.options)
-        check = response_module(config.name).check_responses if responses else reward_module(config.name).check
+        if reward_config(config.name, config.options).reads_truths and responses and not truths:
+            raise ValueError(
+                f"{place}.name: {config.name} reads the true answers of the data, which methods that learn from "
+                "prompts have; use another judge here, such as function or vlm"
+            )
+        check = response_module(config.name).check_responses if responses else image_module(config.name).check
         check(f"{place}.path", config.path)
 
 

@@ -24,19 +24,25 @@ from mmalign import registry
 from mmalign.reading.weights import one_sentence, tensors_only
 from mmalign.resources import resolve_model
 
+Truths = Sequence[Sequence[str]]  # the texts of each row's true answer; empty where there is none
+
 
 class JudgeConfig(BaseModel):
     """Options of a judge in a recipe, and what is true of all judges of its kind.
 
     Attributes:
-        of_responses: its file also has `check_responses` and `load_responses`.
+        of_images: its file has `check` and `load`.
+        of_responses: its file has `check_responses` and `load_responses`.
+        reads_truths: it judges only where the data have a true answer.
         compares: scores depend on the other outputs of a prompt; a call needs all of them, and no score is stored.
         runs_path: `path` names a function, whose code is part of the judge.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    of_images: ClassVar[bool] = True
     of_responses: ClassVar[bool] = False
+    reads_truths: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     runs_path: ClassVar[bool] = False
 
@@ -83,11 +89,16 @@ class RewardModule(Protocol):
 class ResponseJudge(Protocol):
     """Scorer of responses, each to the prompt and the images of the same row.
 
-    A judge that `compares` compares the responses to one prompt and images with one another.
+    A judge that `compares` compares the responses to one prompt and images with one another. One that `reads_truths`
+    reads what the data say of each row's true answer, such as its objects or yes; no other needs it.
     """
 
     def __call__(
-        self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]
+        self,
+        images: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        truths: Truths | None = None,
     ) -> Tensor:
         """Return scores [N], float32, without gradients."""
         ...
@@ -124,6 +135,18 @@ def reward_module(name: str) -> RewardModule:
         load = registry.module_of("reward", options, ["load"]).load
         return cast(RewardModule, SimpleNamespace(Config=options, check=check_files, load=load))
     return cast(RewardModule, registry.find(PACKAGES, name, "reward: there is no"))
+
+
+def image_module(name: str) -> RewardModule:
+    """Return the module of a reward model of images.
+
+    Raises:
+        ValueError: the kind judges responses alone, or `reward_module` refuses the name.
+    """
+    module = reward_module(name)
+    if not module.Config.of_images:
+        raise ValueError(f"reward: {name} judges responses; for images use another, such as open_clip")
+    return module
 
 
 def reward_config(name: str, options: Mapping[str, object]) -> JudgeConfig:
@@ -171,7 +194,7 @@ def load_reward_model(
     """
     cfg = reward_config(name, options)
     with tensors_only(allow_pickle):
-        return checked_reward_model(name, reward_module(name).load(path, torch.device(device), cfg))
+        return checked_reward_model(name, image_module(name).load(path, torch.device(device), cfg))
 
 
 def load_response_judge(
@@ -187,8 +210,13 @@ def load_response_judge(
     with tensors_only(allow_pickle):
         judge = response_module(name).load_responses(path, torch.device(device), cfg)
 
-    def call(images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        return as_scores(f"reward {name}", judge(images, prompts, responses), prompts, "check the judge")
+    def call(
+        images: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        truths: Truths | None = None,
+    ) -> Tensor:
+        return as_scores(f"reward {name}", judge(images, prompts, responses, truths), prompts, "check the judge")
 
     return call
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.rewards import ResponseJudge, RewardModel
+from mmalign.rewards import ResponseJudge, RewardModel, Truths
 
 LEAST_SHARE = 0.01  # of votes; keeps the log-odds of a unanimous vote finite
 
@@ -33,8 +33,13 @@ def combined(judges: Sequence[RewardModel], weights: Tensor, combine: str) -> Re
 def combined_responses(judges: Sequence[ResponseJudge], weights: Tensor, combine: str) -> ResponseJudge:
     """Return the judge of responses whose scores combine those of judges with weights [J]."""
 
-    def call(images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        scores = [judge(images, prompts, responses) for judge in judges]
+    def call(
+        images: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        truths: Truths | None = None,
+    ) -> Tensor:
+        scores = [judge(images, prompts, responses, truths) for judge in judges]
         return _combine(scores, weights, combine, question_keys(images, prompts))
 
     return call

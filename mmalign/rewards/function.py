@@ -2,21 +2,24 @@
 
 `path` names the function as "module:function", of an installed module or of a file in the current folder. The log names
 the file before any of its code runs. For responses it is a function of images, prompts and responses, where each row
-has a list of images.
+has a list of images; a fourth argument named `truths` gets the texts of each row's true answer.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.registry import import_function
-from mmalign.rewards import BatchConfig, ResponseJudge, as_scores
+from mmalign.registry import import_callable, import_function
+from mmalign.rewards import BatchConfig, ResponseJudge, Truths, as_scores
 
+TRUTHS = "truths"  # name of the argument for true answers
 REMEDY = "correct the function (MMALIGN_TRACEBACK=1 shows the line of an error)"
 
 
@@ -44,12 +47,18 @@ class FunctionJudge:
         return self._scores(images, prompts)
 
     def score_responses(
-        self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]
+        self,
+        images: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        truths: Truths | None = None,
     ) -> Tensor:
         """Return scores [N] of responses, float32, on the CPU; the errors are those of images."""
-        return self._scores(images, prompts, responses)
+        if TRUTHS not in inspect.signature(self.function).parameters:
+            return self._scores(images, prompts, responses)
+        return self._scores(images, prompts, responses, truths or [()] * len(prompts))
 
-    def _scores(self, images: Sequence[object], prompts: Sequence[str], *more: Sequence[str]) -> Tensor:
+    def _scores(self, images: Sequence[object], prompts: Sequence[str], *more: Sequence[object]) -> Tensor:
         """Return scores [N]; the function gets the rows of all columns.
 
         Raises:
@@ -107,7 +116,10 @@ def check_responses(key: str, path: str) -> None:
 
 
 def _of_responses(key: str, path: str) -> Callable[..., object]:
-    return import_function(key, path, ["images", "prompts", "responses"], "one number for each response")
+    arguments, function = ["images", "prompts", "responses"], import_callable(key, path)
+    if not isinstance(function, BuiltinFunctionType | type) and TRUTHS in inspect.signature(function).parameters:
+        arguments.append(TRUTHS)
+    return import_function(key, path, arguments, "one number for each response")
 
 
 def _imported(key: str, path: str) -> Callable[..., object]:

@@ -3,7 +3,7 @@
 A request is a POST of JSON, `{"images": [PNG in base64, ...], "prompts": [text, ...]}`. The reply is `{"scores":
 [number, ...]}`, one for each prompt, or `{"error": text}` with a status of 400 or more. An empty request, whose reply
 has no scores and may name the server's `"model"`, tests the server. docs/judge_server.py is an example. For responses a
-request has a list of images for each prompt, and `"responses"`.
+request has a list of images for each prompt, `"responses"`, and `"truths"` where the data have true answers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from mmalign.reading import parse_as
-from mmalign.rewards import BatchConfig, ResponseJudge, as_scores
+from mmalign.rewards import BatchConfig, ResponseJudge, Truths, as_scores
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,11 @@ class HttpJudge:
         return torch.cat(parts)
 
     def score_responses(
-        self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]
+        self,
+        images: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        truths: Truths | None = None,
     ) -> Tensor:
         """Return scores [N] of responses, float32, on the CPU.
 
@@ -170,6 +174,8 @@ class HttpJudge:
         for rows in self._batches(len(prompts)):
             pngs = [[as_png(image) for image in shown] for shown in images[rows]]
             content = {"images": pngs, "prompts": list(prompts[rows]), "responses": list(responses[rows])}
+            if truths is not None:
+                content["truths"] = [list(texts) for texts in truths[rows]]
             parts.append(self.server.scores(content, prompts[rows]))
         return torch.cat(parts)
 

@@ -15,10 +15,10 @@ from mmalign.config import DecodingConfig
 from mmalign.data.caches.answers import AnswerCache
 from mmalign.data.images import BadImage
 from mmalign.evaluation.generate_answers import generate_answers
-from mmalign.evaluation.yes_no import final_answer
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import GeneratedText
 from mmalign.families.vlm.model import ImageTextToText
+from mmalign.language.yes_no import final_answer
 from mmalign.policy import Policy
 from tests.helpers import recipes
 

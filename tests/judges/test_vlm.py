@@ -145,6 +145,6 @@ def test_slips_end_in_a_sentence(llava: Any, tiny_clip: Any) -> None:
     with pytest.raises(ValueError, match=r"reward vlm: a question has .* tokens, its images included"):
         ask.VlmJudge(asker(llava), ask.Config())(SHOWN[:1], ["dog " * 5000])
     with pytest.raises(
-        ValueError, match="reward: open_clip judges images; for responses use one of function, http, vlm"
+        ValueError, match="reward: open_clip judges images; for responses use one of chair, function, http, vlm"
     ):
         load_response_judge("open_clip", str(tiny_clip))

@@ -110,6 +110,8 @@ def test_responses_are_sent_with_their_images(server: Scripted) -> None:
     assert judge([[GREY, WHITE], [], [WHITE]], ["a", "b", "c"], ["one", "four", ""]).tolist() == [3, 4, 0]
     assert [len(shown) for request in server.requests for shown in request["images"]] == [2, 0, 1]
     assert [request["prompts"] for request in server.requests] == [["a", "b"], ["c"]]
+    judge([[WHITE]], ["a"], ["one"], [("yes", "no")])
+    assert "truths" not in server.requests[0] and server.requests[-1]["truths"] == [["yes", "no"]]
 
 
 def test_a_busy_server_is_asked_again(server: Scripted, log_lines: list[str]) -> None:

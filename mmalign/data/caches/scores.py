@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.data.caches.journal import AppendLog
-from mmalign.rewards import ResponseJudge, RewardModel
+from mmalign.rewards import ResponseJudge, RewardModel, Truths
 from mmalign.rewards._combine import question_keys
 
 logger = logging.getLogger(__name__)
@@ -84,9 +84,15 @@ class CachedResponseJudge:
     cache: ScoreCache
 
     def __call__(
-        self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]
+        self,
+        images: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        truths: Truths | None = None,
     ) -> Tensor:
-        """Return scores [N], float32, on the CPU."""
+        """Return scores [N], float32, on the CPU; those by true answers are not stored."""
+        if truths is not None:
+            return self.judge(images, prompts, responses, truths)
         questions = zip(question_keys(images, prompts), responses, strict=True)
         keys = [_digest(f"response {len(question)} ", question, response) for question, response in questions]
         return self.cache.scores(

@@ -35,7 +35,7 @@ class ParsedRow:
     `rejected_images` is None if the rejected response has the chosen one's images. `rejected` is None in a row with an
     answer alone. `hallucinated` is a second rejected response, or empty. `later_turns` says that the conversations
     differ in later turns as well, which are left out. `others` are the responses of a list after the second, and
-    `scores` those of all; a pair has none.
+    `scores` those of all; a pair has none. `truth` has the texts of the true answer.
     """
 
     turns: tuple[Turn, ...]
@@ -48,6 +48,7 @@ class ParsedRow:
     later_turns: bool = False
     others: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
+    truth: tuple[str, ...] = ()
     compared: tuple[float, ...] = ()  # the scores of the chosen and the rejected response, in a pair of scored ones
 
     @property
@@ -179,9 +180,11 @@ def _realign(location: str, row: Record) -> ParsedRows:
 
 
 def _asks(sample: Record) -> bool:
-    """Return whether rows have a question, perhaps in JSON."""
+    """Return whether rows have a question with two responses, perhaps in JSON."""
     text = sample.get("text")
-    return "question" in sample or not isinstance(text, str) or text.lstrip().startswith("{")
+    if "question" in sample:
+        return sample.keys() >= {"chosen", "rejected"}
+    return not isinstance(text, str) or text.lstrip().startswith("{")
 
 
 _SAID = re.compile(r"(?:.*?\bUSER:)?\s*(.*?)\s*(?:ASSISTANT:\s*)?", re.DOTALL)
@@ -234,13 +237,24 @@ def _answers(location: str, row: Record) -> ParsedRows:
     images = row.get("images", row.get("image"))
     messages = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
     if messages is None:
-        prompt = read_messages("prompt", row.get("prompt"))
-        return (_row(row, prompt, read_text("answer", row.get("answer")), None, images),)
+        answer = read_text("answer", row.get("answer"))
+        parsed = _row(row, read_messages("prompt", row.get("prompt")), answer, None, images)
+        return (replace(parsed, truth=_truth(row, answer)),)
     turns = read_messages("messages", messages)
     last = max((index for index, message in enumerate(turns) if message.turn.role == "assistant"), default=0)
     if not last:
         raise UnusableRowError("no message is the assistant's answer to another")
-    return (_row(row, turns[:last], turns[last].turn.text, None, images),)
+    answer = turns[last].turn.text
+    return (replace(_row(row, turns[:last], answer, None, images), truth=_truth(row, answer)),)
+
+
+def _truth(row: Record, answer: str) -> tuple[str, ...]:
+    """Return the texts of the column `truth`, one or several; without it, the answer."""
+    value = row.get("truth")
+    if value is None:
+        return (answer,) if answer.strip() else ()
+    texts = read_list("truth", value) if isinstance(value, list) or str(value).startswith("[") else [value]
+    return tuple(read_text("truth", text) for text in texts)
 
 
 def _thumbs(location: str, row: Record) -> ParsedRows:
@@ -336,10 +350,15 @@ LAYOUTS = (
     Layout(
         "answers",
         ("prompt|messages|conversations",),
-        ("answer", *_ANY),
+        ("answer", "truth", *_ANY),
         _answers,
         has_labels=False,
-        synonyms={**_IMAGES, "prompt": _QUESTION, "answer": ("response", "output", "caption", "completion")},
+        synonyms={
+            **_IMAGES,
+            "prompt": _QUESTION,
+            "answer": ("response", "output", "caption", "completion"),
+            "truth": ("objects", "solution", "ground_truth"),
+        },
         fits=_may_hold_images,
     ),
     Layout(

@@ -20,7 +20,7 @@ from mmalign.resources import locate
 AUTO = "auto"  # name of the format that is recognized
 THUMBS = "thumbs"  # name of the layout of single outputs with labels
 
-Learning = Literal["pairs", "thumbs", "lists"]  # kind of the rows that a method learns from
+Learning = Literal["pairs", "thumbs", "lists", "prompts"]  # kind of the rows that a method learns from
 
 Row = TypeVar("Row", covariant=True)
 

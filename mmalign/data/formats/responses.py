@@ -15,7 +15,8 @@ rankings `images` or `image`, `prompt`, `responses` (a list) and `scores` (large
          better). Every two responses of different scores are a pair.
 thumbs   TRL's `prompt, completion, label` with `images` or `image`: the rows of methods that learn from single outputs.
 answers  `images` or `image`, `prompt` and `answer`; or `messages` or `conversations`, using the last answer. These are
-         true answers alone; `prepare` makes pairs from them, and `response_sft` trains on them.
+         true answers alone; `prepare` makes pairs from them, and `response_sft` trains on them. Methods that generate
+         responses need no answer; their judges may read it, or `truth`: one or several texts, such as objects.
 auto     The layout that the columns fit best.
 
 A column `system` is the first turn. Rows with tools, videos or audios are dropped by name. Several rejected responses
@@ -99,6 +100,7 @@ class ResponseRows:
             entry.label,
             parsed.others,
             parsed.scores,
+            parsed.truth,
         )
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
@@ -175,6 +177,7 @@ def open_responses(
     if later := sum(entry.parsed.later_turns for entry in entries):
         logger.info(f"{path}: {later:,} conversations have later turns than the answer compared, which are left out")
     unread = layout.unread(source.columns, group_by, labels=labels, margins=margins)
+    entries = _distinct(entries) if learning == "prompts" else entries
     pairs = Pairs(path, ResponseRows(entries, reader), np.arange(len(entries)), dropped, tied, taken, unread)
     pairs.require(f"with an image and {_EXPECTED[learning]}")
     return pairs[:limit] if limit is not None else pairs
@@ -204,7 +207,7 @@ def _index(
         for number, one in enumerate(parsed_rows, start=1):
             location = row.location if len(parsed_rows) == 1 else f"{row.location}, {_PART[learning]} {number}"
             try:
-                parsed = _with_image_places(one)
+                parsed = _with_image_places(one, is_prompt=learning == "prompts")
                 for image in parsed.all_images:
                     reader.check(image, row.folders)
                 said = label(layout.own_names(row.record), scores=parsed.compared)
@@ -215,6 +218,15 @@ def _index(
     return entries, dropped, tied
 
 
+def _distinct(entries: Sequence[IndexedRow]) -> list[IndexedRow]:
+    """Return the first of all prompts with the same text, true answer, and names or places of images."""
+    first = dict[object, IndexedRow]()
+    for entry in entries:
+        images = tuple(image if isinstance(image, str) else image.place for image in entry.parsed.images)
+        first.setdefault((entry.parsed.turns, entry.parsed.truth, images, entry.folders), entry)
+    return list(first.values())
+
+
 def check_source(
     format: str, path: str, *, learning: Learning = "pairs", cut_pairs: bool = False, **options: Any
 ) -> None:
@@ -222,16 +234,17 @@ def check_source(
     check_files(layouts_for(LAYOUTS, THUMBS, learning, cut_pairs=cut_pairs), format, path, **options)
 
 
-_PART = {"pairs": "rejected response", "thumbs": "response", "lists": "response"}  # of a row that is several
+_PART = {"pairs": "rejected response", "thumbs": "response", "lists": "response", "prompts": "prompt"}  # of several
 _EXPECTED = {
     "pairs": "two different responses",
     "thumbs": "a response with a label",
     "lists": "several responses with scores",
+    "prompts": "a prompt",
 }
 
 
 def _select(rows: ParsedRows, learning: Learning) -> tuple[ParsedRows, int]:
-    """Return the pairs, thumbs or lists of a record's rows, and the number of ties among scored responses.
+    """Return the pairs, thumbs, lists or prompts of a record's rows, and the number of ties among scored responses.
 
     Pairs of scored responses are every two of different scores. Thumbs of several responses are the best and the worst.
     A pair is a list of two with the scores 1 and 0.
@@ -240,6 +253,9 @@ def _select(rows: ParsedRows, learning: Learning) -> tuple[ParsedRows, int]:
     for row in rows:
         if isinstance(row, UnusableRowError):
             selected.append(row)
+            continue
+        if learning == "prompts":
+            selected.append(ParsedRow(row.turns, "", None, row.images, later_turns=row.later_turns, truth=row.truth))
             continue
         if len(row.responses) == 1:
             judged = learning == "pairs" or row.scores  # answers alone are for methods without rejected ones
@@ -274,8 +290,8 @@ def _single(row: ParsedRow, response: str, images: tuple[Image, ...], score: flo
     return ParsedRow(row.turns, response, None, images, scores=(score,), later_turns=row.later_turns)
 
 
-def _with_image_places(parsed: ParsedRow | UnusableRowError) -> ParsedRow:
-    """Return the row with a placeholder for every image in its prompt.
+def _with_image_places(parsed: ParsedRow | UnusableRowError, *, is_prompt: bool) -> ParsedRow:
+    """Return the row with a placeholder for every image in its prompt; a prompt alone has no response to check.
 
     Raises:
         UnusableRowError: it is given, a response is empty, equal to the other or holds a placeholder, or the images do
@@ -283,7 +299,8 @@ def _with_image_places(parsed: ParsedRow | UnusableRowError) -> ParsedRow:
     """
     if isinstance(parsed, UnusableRowError):
         raise parsed
-    texts = {"chosen": parsed.chosen, "rejected": parsed.rejected, "hallucinated": parsed.hallucinated or None}
+    named = {"chosen": parsed.chosen, "rejected": parsed.rejected, "hallucinated": parsed.hallucinated or None}
+    texts = {} if is_prompt else named
     if parsed.scores:
         texts = {f"{number}.": text for number, text in enumerate(parsed.responses, start=1)}
     for side, text in texts.items():

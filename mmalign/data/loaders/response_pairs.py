@@ -2,6 +2,7 @@
 
 B rows of at most K responses: [KB], the prompts with the first responses, then with the second ones. Pairs have the
 chosen responses first, then the rejected. A row with fewer responses repeats its first one; answers alone come twice.
+Prompts alone are B rows with empty responses.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ ResponsePairLoader = Loader[ResponsePair, ResponseExample, ResponsePairBatch]
 def tokenize_all(
     processor: PromptProcessor, pair: ResponsePair, views: Mapping[str, ImageView]
 ) -> list[TokenizedResponse]:
-    """Return the rows of all responses, uncut, each with its own images; an answer alone comes twice, a thumb once.
+    """Return the rows of all responses, uncut, each with its own images; an answer alone comes twice.
 
     Raises:
         KeyError: an image has no view.
@@ -174,6 +175,8 @@ def _tokenize_with(
 ) -> list[TokenizedResponse]:
     """Return the rows of the prompt with these images, once with each response; of an answer alone, twice."""
     named = [(ref.key, views[ref.key]) for ref in images]
+    if not pair.responses:
+        return [processor.tokenize_prompt(pair.turns, named)]
     responses = pair.responses if pair.scores else (pair.chosen, pair.rejected or pair.chosen)
     return processor.tokenize_responses(pair.turns, list(responses), named)
 

@@ -41,8 +41,8 @@ from mmalign.evaluation.annotations import Record, index, take_names, take_numbe
 from mmalign.evaluation.benchmarks.pope import Parse
 from mmalign.evaluation.metrics import Metrics, Ratio, Sums, as_columns, as_columns_by_kind, divide, f1, ratio
 from mmalign.evaluation.statistics import Values
-from mmalign.evaluation.yes_no import final_answer, parse_strict
 from mmalign.language.objects import singular, tokens
+from mmalign.language.yes_no import final_answer, parse_strict
 from mmalign.reading import read_text
 from mmalign.resources import resolve
 

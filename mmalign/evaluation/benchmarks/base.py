@@ -18,8 +18,8 @@ from mmalign.data.images import decode_file
 from mmalign.evaluation.annotations import Question, Response, check_annotated, image_id, match_images
 from mmalign.evaluation.benchmarks import amber, chair, pope
 from mmalign.evaluation.metrics import Metrics
-from mmalign.evaluation.yes_no import parse_strict
 from mmalign.language.objects import Vocabulary, singular, tokens
+from mmalign.language.yes_no import parse_strict
 
 AnswersByPart = Mapping[str, Sequence[str]]  # the answers to each part's items, in the order of the items
 Images = Callable[[str], Image.Image]  # an image by its name; raises BadImage if it cannot be read

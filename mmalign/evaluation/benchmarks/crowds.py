@@ -16,8 +16,8 @@ from PIL.Image import Image
 from mmalign.evaluation.annotations import Question
 from mmalign.evaluation.benchmarks import pope
 from mmalign.evaluation.benchmarks.base import Benchmark, caption_benchmark, combine, yes_no_benchmark
-from mmalign.evaluation.yes_no import parse_strict
 from mmalign.language.objects import Vocabulary, vocabulary
+from mmalign.language.yes_no import parse_strict
 from mmalign.toy import crowds
 from mmalign.toy.scenes import COLOURS, SHAPES
 

@@ -36,8 +36,8 @@ from mmalign.evaluation.annotations import (
 from mmalign.evaluation.metrics import Metrics, Ratio, Sums, as_columns_by_kind, f1, ratio
 from mmalign.evaluation.question_files import read_rows
 from mmalign.evaluation.statistics import Values
-from mmalign.evaluation.yes_no import final_answer, parse_strict
 from mmalign.language.objects import article
+from mmalign.language.yes_no import final_answer, parse_strict
 from mmalign.rng import KeyedRNG
 
 Split = Literal["random", "popular", "adversarial"]

@@ -27,9 +27,9 @@ from mmalign.evaluation.benchmarks.base import (
 )
 from mmalign.evaluation.metrics import Metrics, MetricsComparison, Table, compare
 from mmalign.evaluation.question_files import is_table, read_rows
-from mmalign.evaluation.yes_no import parse_strict
 from mmalign.language.objects import Vocabulary
 from mmalign.language.vocabularies import load_vocabulary
+from mmalign.language.yes_no import parse_strict
 from mmalign.modalities import Result
 
 _CAPTION_SCORES = {"chair": chair.score, "object_halbench": object_halbench.score}

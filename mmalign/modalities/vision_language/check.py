@@ -42,7 +42,7 @@ def check_data(recipe: Recipe) -> None:
         split=data.split,
         columns=data.columns,
         group_by=data.group_by,
-        learning=needs.learning,
+        learning=needs.learns_from,
         cut_pairs=data.cut_pairs,
     )
 

@@ -49,13 +49,13 @@ def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
         limit=data.limit,
         margins=Margins(data.margin, data.margin_scale),
         labels=needs.labels,
-        learning=needs.learning,
+        learning=needs.learns_from,
         cut_pairs=data.cut_pairs,
     )
     check_max_bad(pairs.skipped, data.max_bad, pairs.source)
     comparing = [f"method.name: {recipe.method.name}"] if needs.rejected else []
     comparing += ["evaluate.benchmark: implicit"] if recipe.evaluate and recipe.evaluate.benchmark == "implicit" else []
-    if comparing and not pairs[0].rejected and needs.learning == "pairs":
+    if comparing and not pairs[0].rejected and needs.learns_from == "pairs":
         raise ValueError(
             f"data.path: {pairs.source} has answers alone, and {comparing[0]} compares them with rejected ones; "
             "`mmalign prepare` generates these, and response_sft trains on answers alone"

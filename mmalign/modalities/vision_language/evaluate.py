@@ -26,8 +26,8 @@ from mmalign.evaluation.benchmarks import implicit_reward, preference
 from mmalign.evaluation.benchmarks.base import AnswersByPart, Benchmark
 from mmalign.evaluation.generate_answers import Answers, AnswersByQuestion, generate_answers
 from mmalign.evaluation.metrics import SIDES, Metrics, MetricsComparison, Table
-from mmalign.evaluation.yes_no import final_answer
 from mmalign.families.base import VisionLanguage
+from mmalign.language.yes_no import final_answer
 from mmalign.modalities import EVALUATE_AGAIN, Measure, Result, loading
 from mmalign.modalities.validation import implicit_reward_benchmark
 from mmalign.modalities.vision_language.benchmark import compare_all, read_benchmark, report

@@ -16,8 +16,8 @@ from mmalign.evaluation.benchmarks.base import (
     open_folder,
     yes_no_benchmark,
 )
-from mmalign.evaluation.yes_no import parse_strict
 from mmalign.language.objects import vocabulary
+from mmalign.language.yes_no import parse_strict
 from tests.helpers import data_files
 from tests.helpers.data_files import write_jsonl
 

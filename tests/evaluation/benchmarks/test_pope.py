@@ -9,7 +9,7 @@ import pytest
 from mmalign.evaluation.annotations import Question, read_objects
 from mmalign.evaluation.benchmarks import pope
 from mmalign.evaluation.benchmarks.pope import SPLITS, build, parse_published
-from mmalign.evaluation.yes_no import parse_strict
+from mmalign.language.yes_no import parse_strict
 from tests.helpers.data_files import write_jsonl
 
 # dog 3, cat 2, ball 2, tree 1, hat 1; with a dog: cat 2, ball 2, tree 1, hat 1; with a cat: dog 2, ball 1, tree 1

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from mmalign.evaluation.annotations import read_objects, read_questions, read_responses
 from mmalign.evaluation.benchmarks import amber, chair, pope
 from mmalign.evaluation.benchmarks.base import open_folder
-from mmalign.evaluation.yes_no import parse_strict
 from mmalign.language.objects import coco_vocabulary
 from mmalign.language.vocabularies import load_vocabulary
+from mmalign.language.yes_no import parse_strict
 from tests.fuzzing.mutations import VALUES
 from tests.fuzzing.readers.rows import IMAGES, in_lines
 from tests.fuzzing.rule import Files, Reader

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmalign.evaluation.yes_no import final_answer, parse_strict
+from mmalign.language.yes_no import final_answer, parse_strict
 
 ANSWERS = [
     json.loads(line)
