@@ -31,11 +31,10 @@ def gallery(recipe: Recipe, *, checkpoint: str | int | None = None) -> Path:
         ValueError: the benchmark has no samples to show, or the evaluation fails.
     """
     modality, parts = modality_of(recipe), modality_of(recipe).samples
-    if recipe.evaluate is None:
-        reason: str | None = "the recipe has no such section"
-    else:
-        reason = parts.unavailable_reason(recipe) if parts is not None else "a judge generates no images"
-    if parts is None or reason is not None:
+    if parts is None:
+        raise ValueError("method: a judge generates no images to show; `mmalign evaluate` prints its numbers")
+    reason = parts.unavailable_reason(recipe) if recipe.evaluate is not None else "the recipe has no such section"
+    if reason is not None:
         raise ValueError(
             f"evaluate: {reason}; a gallery shows a benchmark's samples, for example {modality.example_evaluation}"
         )

@@ -22,6 +22,10 @@ def test_key_is_found_by_path_ending_or_section(key: str) -> None:
     assert "  learning rate after the warm-up" in lines
 
 
+def test_optional_choices_are_named() -> None:
+    assert "model.quantize: int8, nf4, fp8; default null" in explain("model.quantize")
+
+
 def test_methods_with_other_defaults_are_named() -> None:
     lines = explain("method.beta")
     assert "method.beta (spo): number, > 0; default 10.0" in lines
