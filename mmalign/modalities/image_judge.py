@@ -36,6 +36,7 @@ from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check
 from mmalign.pages.examples import DataView, ExampleSide, TrainingExample
 from mmalign.policy import Policy
+from mmalign.training.processes import current_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -179,7 +180,9 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
     assert isinstance(section, EvaluateJudge) and splits is not None and splits[1] is not None
     pairs, batch_size, others = splits[1], recipe.train.batch_size, dict[str, Judge]()
     if section.reward is not None:
-        scores, allow_pickle = Path(recipe.output) / "scores", recipe.allow_pickle
+        # Scores of several processes are not stored: each judges images of its own
+        scores = Path(recipe.output) / "scores" if current_processes().size == 1 else None
+        allow_pickle = recipe.allow_pickle
         model = loading.build_reward_model(section.reward, device, allow_pickle=allow_pickle, scores=scores)
         others[judge.OTHER] = model
         if loading.comparing_judges(section.reward):

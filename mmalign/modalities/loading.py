@@ -174,7 +174,8 @@ def build_reward_model(
         device: target device.
         allow_pickle: read pickles too.
         combine: the combination of several.
-        scores: folder of a cache of scores by the content of image and prompt; None stores none.
+        scores: folder of a cache of scores by the content of image and prompt; None stores none. With a cache the
+            processes of a launch share the judging, and all have to call the model with the same images.
 
     Raises:
         ValueError: a reward model cannot be loaded.
@@ -222,7 +223,7 @@ def _score_cache(config: RewardConfig, folder: Path | None) -> ScoreCache | None
         return None
     atomic_io.make_folder("judges", folder)
     chunk = dict(cfg).get("batch_size", CHUNK)
-    return ScoreCache(folder, identity, chunk=chunk, is_writer=current_processes().is_main)
+    return ScoreCache(folder, identity, current_processes(), chunk=chunk)
 
 
 def build_method_judge(recipe: Recipe, device: torch.device) -> RewardModel | ResponseJudge | None:

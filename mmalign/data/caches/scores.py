@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -24,20 +24,35 @@ T = TypeVar("T")
 CHUNK = 64  # outputs judged between two writes, for judges without batches of their own
 
 
+class Sharing(Protocol):
+    """The processes of a launch, as `mmalign.training.processes.Processes` describes them."""
+
+    @property
+    def rank(self) -> int:
+        """This process's index; 0 is the one that writes."""
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, in the order of their ranks; waits for all of them."""
+
+
 class ScoreCache:
     """Scores of one judge, in memory and in a file; new ones are written at once.
 
     Args:
         folder: the folder of all judges' files.
         identity: the fingerprint of the judge, the name of its file.
+        processes: the processes that judge the chunks in turn; all call `scores` with the same outputs.
         chunk: outputs judged between two writes.
-        is_writer: false in all processes of a launch but one.
     """
 
-    def __init__(self, folder: Path, identity: str, *, chunk: int = CHUNK, is_writer: bool = True) -> None:
+    def __init__(self, folder: Path, identity: str, processes: Sharing, *, chunk: int = CHUNK) -> None:
         file, job = folder / f"{identity}.jsonl", {"judge": identity}
-        self._chunk, self._scores = chunk, dict[str, float]()
-        self._open_log = partial(AppendLog, file, job, list[tuple[str, float]], is_writer=is_writer)
+        self._chunk, self._scores, self._processes = chunk, dict[str, float](), processes
+        self._open_log = partial(AppendLog, file, job, list[tuple[str, float]], is_writer=processes.rank == 0)
         self._read_log()
 
     def _read_log(self) -> None:
@@ -52,12 +67,17 @@ class ScoreCache:
         num_stored = sum(key in self._scores for key in keys)
         if num_stored:
             logger.info(f"{self._log.path}: {num_stored} of {len(keys)} scores are stored there and used again")
+        # What one process knows, all know: their chunks are then the same
+        for known in self._processes.gather({key: self._scores[key] for key in keys if key in self._scores}):
+            self._scores |= known
         new = [row for key, row in {key: row for row, key in enumerate(keys)}.items() if key not in self._scores]
-        for start in range(0, len(new), self._chunk):
-            rows = new[start : start + self._chunk]
-            piece = list(zip([keys[row] for row in rows], judge(rows).tolist(), strict=True))
-            self._log.append(piece)
-            self._scores.update(piece)
+        for start in range(0, len(new), self._chunk * self._processes.size):
+            first = start + self._chunk * self._processes.rank
+            rows = new[first : first + self._chunk]
+            own = list(zip([keys[row] for row in rows], judge(rows).tolist(), strict=True)) if rows else []
+            for piece in filter(None, self._processes.gather(own)):
+                self._log.append(piece)
+                self._scores.update(piece)
         return torch.tensor([self._scores[key] for key in keys], dtype=torch.float32)
 
 

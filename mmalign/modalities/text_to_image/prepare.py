@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -71,12 +72,13 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     cache = ImageCache(unfinished(path), {**settings, "model": fingerprint.fingerprint_weights(family.network)})
     images = generate_images(family, family.network, prompts, seeds, section.sampling, cache, sources)
     scores = reward_model(images, prompts).tolist()
+    couples = _judge_couples(section, reward_model, prompts, images, scores) if section.prompt_pairs else None
 
     if not processes.is_main:
         processes.gather(None)  # no process ends before the file is there
         return path
 
-    num_kept, num_groups = _write_sure(path, section, reward_model, repeated, images, scores)
+    num_kept, num_groups = _write_sure(path, section, repeated, images, scores, couples)
     processes.gather(None)
     noun, made = "prompt pairs" if section.prompt_pairs else "prompts", "lists" if section.keep_all else "pairs"
     logger.info(
@@ -85,27 +87,48 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Couples:
+    """Best image of each prompt, with its scores by its own prompt and by the other prompt of the couple [2N]."""
+
+    prompts: Sequence[str]
+    images: Sequence[Image.Image]
+    own: Sequence[float]
+    crossed: Sequence[float]
+
+
+def _judge_couples(
+    section: PrepareImages,
+    reward_model: RewardModel,
+    prompts: Sequence[str],
+    images: Sequence[Image.Image],
+    scores: Sequence[float],
+) -> Couples:
+    """Judge the best image of each prompt by both prompts of its couple."""
+    asked_for = prompts[:: section.images_per_prompt]
+    shown = [images[i] for i in best_of_each(scores, section.images_per_prompt)]
+    swapped = [asked_for[i ^ 1] for i in range(len(asked_for))]
+    # In one call, so that votes compare the two images of a prompt
+    own, crossed = reward_model([*shown, *shown], [*asked_for, *swapped]).view(2, -1).tolist()
+    return Couples(asked_for, shown, own, crossed)
+
+
 def _write_sure(
     path: Path,
     section: PrepareImages,
-    reward_model: RewardModel,
     prompts: Sequence[Prompt],
     images: Sequence[Image.Image],
     scores: Sequence[float],
+    couples: Couples | None,
 ) -> tuple[int, int]:
     """Write the pairs that the reward model is sure of; return their number, and that of all prompts or couples."""
-    number, texts, sources = section.images_per_prompt, [prompt.text for prompt in prompts], sources_of(prompts)
-    if not section.prompt_pairs:
-        read = [source.read() for source in sources] if sources is not None else None
-        least, keep_all = section.min_confidence, section.keep_all
-        return write_pairs(
-            path, texts, images, scores, group=number, min_confidence=least, sources=read, keep_all=keep_all
-        )
-    best, asked_for = best_of_each(scores, number), texts[::number]
-    shown, swapped = [images[i] for i in best], [asked_for[i ^ 1] for i in range(len(asked_for))]
-    # In one call, so that votes compare the two images of a prompt
-    own, crossed = reward_model([*shown, *shown], [*asked_for, *swapped]).view(2, -1).tolist()
-    return write_prompt_pairs(path, asked_for, shown, own, crossed, min_confidence=section.min_confidence)
+    least, sources = section.min_confidence, sources_of(prompts)
+    if couples is not None:
+        judged = couples.prompts, couples.images, couples.own, couples.crossed
+        return write_prompt_pairs(path, *judged, min_confidence=least)
+    read, texts = [source.read() for source in sources] if sources is not None else None, [x.text for x in prompts]
+    number, keep_all = section.images_per_prompt, section.keep_all
+    return write_pairs(path, texts, images, scores, group=number, min_confidence=least, sources=read, keep_all=keep_all)
 
 
 def _requested_prompts(section: PrepareImages) -> list[Prompt]:

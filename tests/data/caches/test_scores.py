@@ -3,7 +3,10 @@
 import sys
 import tracemalloc
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,13 @@ from torch import Tensor
 
 from mmalign.data.caches.fingerprint import fingerprint_judge
 from mmalign.data.caches.scores import CHUNK, CachedJudge, CachedResponseJudge, ScoreCache
+from mmalign.training.processes import Processes
 
 RED, BLUE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+
+
+def stored(folder: Path, identity: str, *, chunk: int = CHUNK) -> ScoreCache:
+    return ScoreCache(folder, identity, Processes(), chunk=chunk)
 
 
 class Counting:
@@ -33,20 +41,20 @@ class Counting:
 def test_a_second_run_judges_nothing_and_scores_the_same(tmp_path: Path) -> None:
     first, second = Counting(), Counting()
     images, prompts = [RED, BLUE, RED, RED], ["a", "a", "a", "bc"]
-    scores = CachedJudge(first, ScoreCache(tmp_path, "x"))(images, prompts)
+    scores = CachedJudge(first, stored(tmp_path, "x"))(images, prompts)
     assert first.judged == 3  # the first and the third are the same
-    torch.testing.assert_close(CachedJudge(second, ScoreCache(tmp_path, "x"))(images, prompts), scores, rtol=0, atol=0)
+    torch.testing.assert_close(CachedJudge(second, stored(tmp_path, "x"))(images, prompts), scores, rtol=0, atol=0)
     assert second.judged == 0 and scores.dtype == torch.float32
 
 
 def test_other_judges_images_and_prompts_are_judged(tmp_path: Path) -> None:
-    CachedJudge(Counting(), ScoreCache(tmp_path, "x"))([RED], ["a"])
+    CachedJudge(Counting(), stored(tmp_path, "x"))([RED], ["a"])
     for identity, image, prompt in (("y", RED, "a"), ("x", BLUE, "a"), ("x", RED, "b"), ("x", RED.resize((4, 4)), "a")):
         judge = Counting()
-        CachedJudge(judge, ScoreCache(tmp_path, identity))([image], [prompt])
+        CachedJudge(judge, stored(tmp_path, identity))([image], [prompt])
         assert judge.judged == 1
     noisy = Counting()
-    cached = CachedJudge(noisy, ScoreCache(tmp_path, "x"))
+    cached = CachedJudge(noisy, stored(tmp_path, "x"))
     for _ in range(2):
         cached([RED], ["a"], torch.tensor([1.0]))
     assert noisy.judged == 2
@@ -60,16 +68,16 @@ def test_scores_of_responses_are_stored_by_images_question_and_answer(tmp_path: 
         return torch.tensor([float(len(text)) for text in responses])
 
     images, prompts, responses = [[RED], [RED], [RED, BLUE], [RED]], ["a", "a", "a", "b"], ["x", "xyz", "x", "x"]
-    scores = CachedResponseJudge(judge, ScoreCache(tmp_path, "x"))(images, prompts, responses)
+    scores = CachedResponseJudge(judge, stored(tmp_path, "x"))(images, prompts, responses)
     assert scores.tolist() == [1, 3, 1, 1] and len(judged) == 4
-    again = CachedResponseJudge(judge, ScoreCache(tmp_path, "x"))
+    again = CachedResponseJudge(judge, stored(tmp_path, "x"))
     assert again([[RED.copy()]], ["a"], ["xyz"]).tolist() == [3] and len(judged) == 4
 
 
 def test_judges_of_one_identity_share_their_scores(tmp_path: Path) -> None:
     """As the judge that chooses the best of n and the one that measures, or two runs with one `evaluate.cache`."""
     counting = Counting()
-    chooser, measure = (CachedJudge(counting, ScoreCache(tmp_path, "x")) for _ in range(2))
+    chooser, measure = (CachedJudge(counting, stored(tmp_path, "x")) for _ in range(2))
     scores = chooser([RED, BLUE], ["a", "a"])
     torch.testing.assert_close(measure([BLUE, RED], ["a", "a"]), scores.flip(0), rtol=0, atol=0)
     assert counting.judged == 2 and chooser([BLUE], ["a"]).tolist() == scores[1:].tolist()
@@ -79,8 +87,8 @@ def test_a_failing_judge_loses_no_score(tmp_path: Path) -> None:
     images, prompts = [RED] * 3 * CHUNK, [f"prompt {number}" for number in range(3 * CHUNK)]
     failing, rest = Counting(calls=2), Counting()
     with pytest.raises(ConnectionError):
-        CachedJudge(failing, ScoreCache(tmp_path, "x"))(images, prompts)
-    CachedJudge(rest, ScoreCache(tmp_path, "x"))(images, prompts)
+        CachedJudge(failing, stored(tmp_path, "x"))(images, prompts)
+    CachedJudge(rest, stored(tmp_path, "x"))(images, prompts)
     assert (failing.judged, rest.judged) == (2 * CHUNK, CHUNK)
 
 
@@ -138,3 +146,36 @@ def test_a_judges_identity_is_its_content(tmp_path: Path, monkeypatch: pytest.Mo
     assert [new == old for new, old in zip(identities(), before, strict=True)] == [False] * 4 + [True] * 2
     monkeypatch.setitem(sys.modules, "typed_in", type(sys)("typed_in"))  # as in a notebook
     assert fingerprint_judge("function", "typed_in:f", {}, runs_path=True) is None
+
+
+class Team:
+    """Threads that gather as the processes of a launch do."""
+
+    def __init__(self, rank: int, values: list[object], barrier: Barrier) -> None:
+        self.rank, self.size, self._values, self._barrier = rank, len(values), values, barrier
+
+    def gather(self, value: Any) -> list[Any]:
+        self._values[self.rank] = value
+        self._barrier.wait(timeout=60)
+        values = [*self._values]
+        self._barrier.wait(timeout=60)
+        return values
+
+
+def test_processes_judge_in_turn_and_write_what_one_would(tmp_path: Path) -> None:
+    """Three processes, chunks of two, and eleven images."""
+    images, prompts = [RED, BLUE] * 5 + [RED], [f"prompt {number}" for number in range(11)]
+    for folder in ("one", "three"):
+        (tmp_path / folder).mkdir()
+    alone = CachedJudge(Counting(), stored(tmp_path / "one", "x", chunk=2))(images, prompts)
+    barrier, values, judges = Barrier(3), [None] * 3, [Counting() for _ in range(3)]
+
+    def run(rank: int) -> Tensor:
+        cache = ScoreCache(tmp_path / "three", "x", Team(rank, values, barrier), chunk=2)  # type: ignore[arg-type]
+        return CachedJudge(judges[rank], cache)(images, prompts)
+
+    with ThreadPoolExecutor(3) as pool:
+        scores = list(pool.map(run, range(3)))
+    assert all(torch.equal(each, alone) for each in scores)
+    assert [judge.judged for judge in judges] == [4, 4, 3]
+    assert (tmp_path / "three/x.jsonl").read_bytes() == (tmp_path / "one/x.jsonl").read_bytes()
