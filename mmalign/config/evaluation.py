@@ -22,17 +22,22 @@ class RewardConfig(Section):
 
 
 class WeightedReward(RewardConfig):
-    """One of several reward models."""
+    """One of several reward models: a term of the combination, or a constraint."""
 
     weight: float = Field(1.0, gt=0, description="factor of its scores, or of its votes")
+    at_least: float | None = Field(
+        None,
+        description="makes it a constraint, as in CGPO: an output with a lower score gets the least combined score of "
+        "its prompt",
+    )
 
 
 Rewards = RewardConfig | list[WeightedReward]
 Combine = Annotated[
-    Literal["sum", "zscore", "vote"],
+    Literal["sum", "zscore", "group_zscore", "vote"],
     Field(
-        description="combination of several reward models' scores: weighted sum, weighted sum of standard scores, or "
-        "weighted votes between images of one prompt"
+        description="combination of several reward models' scores: weighted sum, weighted sum of standard scores, the "
+        "same by the deviation of each prompt (GDPO), or weighted votes between images of one prompt"
     ),
 ]
 
@@ -46,9 +51,10 @@ def check_combine(reward: Rewards | None, combine: Combine) -> None:
     """Refuse a combination of a single reward model.
 
     Raises:
-        ValueError: `combine` is not the default, and there is one reward model or none.
+        ValueError: `combine` is not the default, and there is one reward model or none, besides constraints.
     """
-    if combine != "sum" and (reward is None or len(reward_models(reward)) < 2):
+    terms = [model for model in reward_models(reward) if model.at_least is None] if reward is not None else []
+    if combine != "sum" and len(terms) < 2:
         raise ValueError(f"combine: {combine} needs two or more reward models; name them as a list, or leave it out")
 
 

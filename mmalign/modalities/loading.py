@@ -32,7 +32,7 @@ from mmalign.rewards import (
     response_module,
     reward_config,
 )
-from mmalign.rewards._combine import combined, combined_responses
+from mmalign.rewards._combine import Combination, combined, combined_responses
 from mmalign.training.processes import current_processes
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def build_reward_model(
         model = load_reward_model(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
         cache = _score_cache(config, scores)
         models.append(model if cache is None else CachedJudge(model, cache))
-    return models[0] if len(models) == 1 else combined(models, _weights(configs), combine)
+    return models[0] if len(models) == 1 else combined(models, _combination(configs, combine))
 
 
 def build_response_judge(
@@ -204,11 +204,12 @@ def build_response_judge(
         judge = load_response_judge(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
         cache = _score_cache(config, scores)
         judges.append(judge if cache is None else CachedResponseJudge(judge, cache))
-    return judges[0] if len(judges) == 1 else combined_responses(judges, _weights(configs), combine)
+    return judges[0] if len(judges) == 1 else combined_responses(judges, _combination(configs, combine))
 
 
-def _weights(configs: Sequence[WeightedReward]) -> torch.Tensor:
-    return torch.tensor([config.weight for config in configs])
+def _combination(configs: Sequence[WeightedReward], combine: Combine) -> Combination:
+    weights = torch.tensor([config.weight for config in configs])
+    return Combination(combine, weights, [config.at_least for config in configs])
 
 
 def _score_cache(config: RewardConfig, folder: Path | None) -> ScoreCache | None:
@@ -270,12 +271,14 @@ def check_reward_model(key: str, reward: Rewards, *, responses: bool = False, tr
         truths: true if they may get the data's true answers.
 
     Raises:
-        ValueError: there is no such reward model, an option is invalid, its folder or function is missing, or it needs
-            true answers.
+        ValueError: there is no such reward model, an option is invalid, its folder or function is missing, it needs
+            true answers, all are constraints, or one has a weight.
     """
     configs = reward_models(reward)
     if not configs:
         raise ValueError(f"{key}: an empty list; name at least one reward model")
+    if all(config.at_least is not None for config in configs):
+        raise ValueError(f"{key}: at_least makes all of them constraints; name a reward model without it too")
     for number, config in enumerate(configs):
         place = key if isinstance(reward, RewardConfig) else f"{key}.{number}"
         if reward_config(config.name, config.options).reads_truths and responses and not truths:
@@ -283,6 +286,8 @@ def check_reward_model(key: str, reward: Rewards, *, responses: bool = False, tr
                 f"{place}.name: {config.name} reads the true answers of the data, which methods that learn from "
                 "prompts have; use another judge here, such as function or vlm"
             )
+        if config.at_least is not None and config.weight != 1:
+            raise ValueError(f"{place}.weight: {config.weight:g} means nothing beside at_least; leave one of them out")
         check = response_module(config.name).check_responses if responses else image_module(config.name).check
         check(f"{place}.path", config.path)
 
@@ -295,4 +300,7 @@ def comparing_judges(reward: Rewards) -> list[str]:
 def describe_rewards(reward: Rewards) -> str:
     """Return the paths of a recipe's reward models, several with their weights."""
     configs = reward_models(reward)
-    return configs[0].path if len(configs) == 1 else " + ".join(f"{x.weight:g} {x.path}" for x in configs)
+    if len(configs) == 1:
+        return configs[0].path
+    terms = " + ".join(f"{x.weight:g} {x.path}" for x in configs if x.at_least is None)
+    return "; ".join([terms, *(f"{x.path} at least {x.at_least:g}" for x in configs if x.at_least is not None)])

@@ -1,7 +1,7 @@
 """Several judges as one, of images or of responses.
 
 J judges, N outputs. Outputs of one prompt are compared with one another, responses if their images are the same too;
-`zscore` and `vote` depend on a call's outputs.
+all combinations but `sum`, and constraints, depend on a call's outputs.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from mmalign.losses.advantages import constrained, decoupled
 from mmalign.rewards import ResponseJudge, RewardModel, Truths
 
 LEAST_SHARE = 0.01  # of votes; keeps the log-odds of a unanimous vote finite
@@ -21,17 +23,47 @@ LEAST_SHARE = 0.01  # of votes; keeps the log-odds of a unanimous vote finite
 Keys = Sequence[Hashable]  # outputs of one key are compared
 
 
-def combined(judges: Sequence[RewardModel], weights: Tensor, combine: str) -> RewardModel:
-    """Return the judge of images whose scores, on the CPU, combine those of judges with weights [J]."""
+@dataclass(frozen=True)
+class Combination:
+    """Combination of the scores of J judges.
+
+    Attributes:
+        kind: a name of `COMBINATIONS`.
+        weights: the judges' weights [J].
+        at_least: the least score of each judge that is a constraint, None for the terms of the combination.
+    """
+
+    kind: str
+    weights: Tensor
+    at_least: Sequence[float | None]
+
+    def __call__(self, scores: Sequence[Tensor], keys: Keys) -> Tensor:
+        """Return the combination [N], float32, of the scores [N] of the judges.
+
+        An output that breaks a constraint gets the least value of its key.
+        """
+        stacked = torch.stack([each.cpu().double() for each in scores])
+        terms = [number for number, limit in enumerate(self.at_least) if limit is None]
+        values = COMBINATIONS[self.kind](stacked[terms], self.weights[terms].double(), keys)
+        if len(terms) < len(self.at_least):
+            limits = torch.tensor([-torch.inf if limit is None else limit for limit in self.at_least])
+            kept = (stacked >= limits[:, None]).all(0)
+            for rows in groups_of(keys):
+                values[rows] = constrained(values[rows][None], kept[rows][None])[0]
+        return values.float()
+
+
+def combined(judges: Sequence[RewardModel], combination: Combination) -> RewardModel:
+    """Return the judge of images whose scores, on the CPU, combine those of judges."""
 
     def call(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
-        return _combine([judge(images, prompts, t) for judge in judges], weights, combine, prompts)
+        return combination([judge(images, prompts, t) for judge in judges], prompts)
 
     return call
 
 
-def combined_responses(judges: Sequence[ResponseJudge], weights: Tensor, combine: str) -> ResponseJudge:
-    """Return the judge of responses whose scores combine those of judges with weights [J]."""
+def combined_responses(judges: Sequence[ResponseJudge], combination: Combination) -> ResponseJudge:
+    """Return the judge of responses whose scores combine those of judges."""
 
     def call(
         images: Sequence[Sequence[Image.Image]],
@@ -40,14 +72,9 @@ def combined_responses(judges: Sequence[ResponseJudge], weights: Tensor, combine
         truths: Truths | None = None,
     ) -> Tensor:
         scores = [judge(images, prompts, responses, truths) for judge in judges]
-        return _combine(scores, weights, combine, question_keys(images, prompts))
+        return combination(scores, question_keys(images, prompts))
 
     return call
-
-
-def _combine(scores: Sequence[Tensor], weights: Tensor, combine: str, keys: Keys) -> Tensor:
-    """Return the combination [N], float32, of the scores [N] of J judges."""
-    return COMBINATIONS[combine](torch.stack([each.cpu().double() for each in scores]), weights.double(), keys).float()
 
 
 def weighted_sum(scores: Tensor, weights: Tensor, keys: Keys) -> Tensor:
@@ -68,6 +95,17 @@ def standard_scores(scores: Tensor, weights: Tensor, keys: Keys) -> Tensor:
     deviation = (squares / max(len(keys) - len(groups), 1)).sqrt()
     scale = torch.where(deviation > 0, weights / deviation, 0.0)
     return scale @ (scores - scores.mean(1, keepdim=True))
+
+
+def group_standard_scores(scores: Tensor, weights: Tensor, keys: Keys) -> Tensor:
+    """Return the weighted sum [N] of each judge's scores [J, N], in units of the deviation within their own key (GDPO).
+
+    A judge that tells none of a key's outputs apart adds 0 to them.
+    """
+    result = torch.zeros(len(keys), dtype=scores.dtype)
+    for rows in groups_of(keys):
+        result[rows] = decoupled(scores[:, None, rows], weights)[0]
+    return result
 
 
 def votes(scores: Tensor, weights: Tensor, keys: Keys) -> Tensor:
@@ -112,5 +150,6 @@ def image_key(image: Image.Image) -> str:
 COMBINATIONS: dict[str, Callable[[Tensor, Tensor, Keys], Tensor]] = {
     "sum": weighted_sum,
     "zscore": standard_scores,
+    "group_zscore": group_standard_scores,
     "vote": votes,
 }

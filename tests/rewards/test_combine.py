@@ -8,27 +8,35 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.rewards._combine import combined, combined_responses, standard_scores, votes
+from mmalign.config.evaluation import BestOf, WeightedReward
+from mmalign.modalities.loading import check_reward_model
+from mmalign.rewards._combine import Combination, combined, combined_responses, standard_scores, votes
 
 PROMPTS = ["a", "a", "b", "b"]
 SCORES = torch.tensor([[1.0, 3.0, 2.0, 6.0], [10.0, 0.0, 0.0, 20.0]], dtype=torch.float64)
 WEIGHTS = torch.tensor([2.0, 1.0], dtype=torch.float64)
 
 
-def together(combine: str, scores: Tensor = SCORES, weights: Tensor = WEIGHTS) -> list[float]:
+def together(
+    combine: str, scores: Tensor = SCORES, weights: Tensor = WEIGHTS, at_least: Sequence[float | None] = (None,) * 3
+) -> list[float]:
     def judge(row: Tensor) -> object:
         def call(images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
             return row.float() if t is None else row.float() + t
 
         return call
 
-    model = combined([judge(row) for row in scores], weights, combine)  # type: ignore[misc]
+    combination = Combination(combine, weights, at_least[: len(scores)])
+    model = combined([judge(row) for row in scores], combination)  # type: ignore[misc]
     return model([Image.new("RGB", (4, 4))] * len(PROMPTS), PROMPTS).tolist()
 
 
 def test_sum_adds_weighted_scores_and_passes_timesteps() -> None:
     assert together("sum") == [12, 6, 4, 32]
-    judge = combined([lambda images, prompts, t=None: torch.zeros(2) + t] * 2, torch.tensor([1.0, 2.0]), "sum")
+    judge = combined(
+        [lambda images, prompts, t=None: torch.zeros(2) + t] * 2,
+        Combination("sum", torch.tensor([1.0, 2.0]), [None, None]),
+    )
     assert judge([Image.new("RGB", (4, 4))] * 2, ["a", "b"], torch.tensor([1.0, 2.0])).tolist() == [3, 6]
 
 
@@ -71,7 +79,7 @@ def test_votes_between_three_images_and_ties() -> None:
     assert votes(scores, torch.ones(2, dtype=torch.float64), ["p", "q", "r"]).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("combine", ["sum", "zscore", "vote"])
+@pytest.mark.parametrize("combine", ["sum", "zscore", "group_zscore", "vote"])
 def test_responses_are_combined_as_images_are(combine: str) -> None:
     """Answers to one question about images of one content are compared; those about another image are not."""
 
@@ -80,5 +88,33 @@ def test_responses_are_combined_as_images_are(combine: str) -> None:
 
     red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
     images = [[red], [red.copy()], [blue], [blue]]
-    model = combined_responses([judge(row) for row in SCORES], WEIGHTS, combine)  # type: ignore[misc]
+    model = combined_responses([judge(row) for row in SCORES], Combination(combine, WEIGHTS, [None] * 2))  # type: ignore[misc]
     assert model(images, ["what?"] * 4, ["0", "1", "2", "3"]).tolist() == pytest.approx(together(combine))
+
+
+def test_standard_scores_of_a_prompt_are_gdpo_s() -> None:
+    """Of two images each judge gives -1 and 1, whatever its scores; deviations have 1e-4 added."""
+    assert together("group_zscore") == pytest.approx([-1, 1, -3, 3], rel=2e-4)
+    weak = torch.stack([SCORES[0], torch.tensor([5.0, 5.0, 0.0, 1.0], dtype=torch.float64)])
+    assert together("group_zscore", weak) == pytest.approx([-2, 2, -3, 3], rel=4e-4)
+
+
+def test_outputs_that_break_a_constraint_get_the_least_of_their_prompt() -> None:
+    """The second judge asks for 5: it refuses the better image of the first prompt, and the worse of the second."""
+    assert together("sum", at_least=[None, 5.0]) == [2, 2, 4, 12]
+    assert together("sum", at_least=[None, 99.0]) == [2, 2, 4, 4]
+    assert together("sum", at_least=[None, 20.0]) == [2, 2, 4, 12]
+    third = torch.cat([SCORES, torch.tensor([[0.0, 0.0, 0.0, -1.0]], dtype=torch.float64)])
+    weights = torch.cat([WEIGHTS, torch.ones(1, dtype=torch.float64)])
+    values = together("vote", third, weights, [None, None, -0.5])
+    assert values[:2] == pytest.approx(together("vote")[:2]) and values[2] == values[3]
+
+
+def test_constraints_need_a_reward_model_beside_them() -> None:
+    term, limit = WeightedReward(path="models/tiny_clip"), WeightedReward(path="models/tiny_clip", at_least=0.5)
+    with pytest.raises(ValueError, match=r"reward\.1\.weight: 2 means nothing beside at_least"):
+        check_reward_model("reward", [term, limit.model_copy(update={"weight": 2.0})])
+    with pytest.raises(ValueError, match="at_least makes all of them constraints"):
+        check_reward_model("reward", [limit])
+    with pytest.raises(ValueError, match="combine: vote needs two or more reward models"):
+        BestOf(reward=[term, limit], combine="vote")

@@ -37,15 +37,15 @@ class Runs:
         inpo = {"name": "inpo", "beta": 100.0, "steps": 3}
         # One image at a time: in other batches pixels are rounded otherwise
         generation = {"images": 3, "steps": 2, "noisings": 1, "batch_size": 1}
-        nft = {"name": "nft", "reward": {"name": "step_aware", "path": str(judge)}, "generation": generation}
-        nft["advantages"] = {"scale": "group"}
+        reward = {"name": "step_aware", "path": str(judge)}
+        online = {"name": "diffusion_online_dpo", "beta": 100.0, "reward": reward, "generation": generation}
         uncached = {"model": {"tune": "full"}, "data": {"cache": "off"}, "train": often}
         self.recipes: dict[str, tuple[str, Content]] = {
             "full": ("eight", full),
             "lora": ("ten", lora),
             "uneven": ("bad", {"method": {"name": "mapo"}, "train": often}),
             "few": ("few", {"method": {"name": "sft"}, "train": often}),
-            "generated": ("eight", {"method": nft, "train": often}),
+            "generated": ("eight", {"method": online, "train": often}),
             "inverted": ("eight", {"method": inpo, "train": often}),
             "kept": ("eight", {"method": {**inpo, "inverter": "reference", "num_cached_draws": 1}, "train": often}),
             "pictures": ("eight", uncached),

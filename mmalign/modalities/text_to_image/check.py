@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mmalign.config import EvaluateImages, ImageData, ImageModel, ImageSize, PrepareImages, Recipe
+from mmalign.config.evaluation import reward_models
 from mmalign.data.formats import images, prompts
 from mmalign.data.formats.prompts import Prompt
 from mmalign.methods import requirements_of
@@ -144,6 +145,8 @@ def _check_comparing(name: str, section: EvaluateImages | PrepareImages, prompts
     for key, reward, combine in judges:
         comparing = [f"reward {kind}" for kind in comparing_judges(reward)] if reward is not None else []
         comparing += [f"combine: {combine}"] if combine != "sum" else []
+        limits = [model.at_least for model in reward_models(reward)] if reward is not None else []
+        comparing += [f"at_least: {limit:g}" for limit in limits if limit is not None]
         if comparing and number > 1:
             raise ValueError(
                 f"{key}: {comparing[0]} compares all images of a prompt, and {text[:60]!r} edits {number} sources; use "
