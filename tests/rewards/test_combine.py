@@ -84,7 +84,7 @@ def test_responses_are_combined_as_images_are(combine: str) -> None:
     """Answers to one question about images of one content are compared; those about another image are not."""
 
     def judge(row: Tensor) -> object:
-        return lambda images, prompts, responses: row[[int(text) for text in responses]].float()
+        return lambda images, prompts, responses, truths: row[[int(text) for text in responses]].float()
 
     red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
     images = [[red], [red.copy()], [blue], [blue]]
