@@ -19,7 +19,7 @@ from mmalign.language.chat import IMAGE, Turn
 from mmalign.language.tokens import TokenizedResponse, common_prefix
 from mmalign.reading.weights import pickles_allowed
 from mmalign.resources import resolve_model
-from mmalign.rewards import BatchConfig
+from mmalign.rewards import BatchConfig, in_batches
 
 
 class AskingConfig(BatchConfig):
@@ -57,11 +57,9 @@ class Asker:
         Raises:
             ValueError: a question is too long, or the model does not take so many images.
         """
-        parts = [torch.empty(0)]
-        for start in range(0, len(questions), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            parts.append(self._log_odds(questions[rows], images[rows], answers))
-        return torch.cat(parts)
+        return in_batches(
+            lambda rows: self._log_odds(questions[rows], images[rows], answers), len(questions), self.batch_size
+        )
 
     def _log_odds(
         self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]], answers: tuple[str, str]

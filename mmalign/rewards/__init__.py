@@ -8,7 +8,7 @@ class of its options, "module:Class", with `load` beside the class.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from numbers import Real
 from types import SimpleNamespace
@@ -241,6 +241,12 @@ def response_module(name: str) -> ResponseModule:
 def readable(name: str, path: str, mend: str) -> AbstractContextManager[None]:
     """Turn any error of a library that loads a reward model into a ValueError of one sentence; `mend` is its end."""
     return one_sentence(f"reward {name}: cannot load {path!r}", path, mend)
+
+
+def in_batches(score: Callable[[slice], Tensor], number: int, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the scores [N] of a number N of rows, scored at most `size` at a time; of no rows on the device."""
+    batches = (slice(start, start + size) for start in range(0, number, size))
+    return torch.cat([torch.empty(0, device=device), *map(score, batches)])
 
 
 def as_scores(source: str, values: object, prompts: Sequence[str], remedy: str) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.rewards import BatchConfig, check_files, transformers_clip
+from mmalign.rewards import BatchConfig, check_files, in_batches, transformers_clip
 from mmalign.rewards._weights import check_shapes, find_file, read_tensors
 from mmalign.rewards.open_clip import OpenClip, scorer
 
@@ -40,10 +40,10 @@ class Aesthetic:
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         """Return scores [N], float32, on the CLIP's device; `prompts` and `t` are not read."""
-        parts, size = [torch.empty(0, device=self.clip.device)], self.clip.batch_size
-        for start in range(0, len(images), size):
-            parts.append(self.head(self.clip.embed(images[start : start + size]))[:, 0])
-        return torch.cat(parts)
+        clip = self.clip
+        return in_batches(
+            lambda rows: self.head(clip.embed(images[rows]))[:, 0], len(images), clip.batch_size, clip.device
+        )
 
 
 def regression_head(width: int) -> nn.Module:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.registry import import_callable, import_function
-from mmalign.rewards import BatchConfig, ResponseJudge, Truths, as_scores
+from mmalign.rewards import BatchConfig, ResponseJudge, Truths, as_scores, in_batches
 
 TRUTHS = "truths"  # name of the argument for true answers
 REMEDY = "correct the function (MMALIGN_TRACEBACK=1 shows the line of an error)"
@@ -64,9 +64,8 @@ class FunctionJudge:
         Raises:
             ValueError: the function raises an error, or returns anything but one finite number for each row.
         """
-        parts = [torch.empty(0)]
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+
+        def score(rows: slice) -> Tensor:
             texts = list(prompts[rows])
             try:
                 values = self.function(*(list(column[rows]) for column in (images, prompts, *more)))
@@ -75,8 +74,9 @@ class FunctionJudge:
                     f"reward function: {self.name} failed for {len(texts)} prompts, the first of which is "
                     f"{texts[0][:80]!r} ({type(error).__name__}: {error}); {REMEDY}"
                 ) from error
-            parts.append(as_scores(f"reward function: {self.name}", values, texts, REMEDY))
-        return torch.cat(parts)
+            return as_scores(f"reward function: {self.name}", values, texts, REMEDY)
+
+        return in_batches(score, len(prompts), self.batch_size)
 
 
 def check(key: str, path: str) -> None:

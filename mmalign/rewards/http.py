@@ -13,7 +13,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPException
@@ -27,7 +27,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from mmalign.reading import parse_as
-from mmalign.rewards import BatchConfig, ResponseJudge, Truths, as_scores
+from mmalign.rewards import BatchConfig, ResponseJudge, Truths, as_scores, in_batches
 
 logger = logging.getLogger(__name__)
 
@@ -152,11 +152,12 @@ class HttpJudge:
         Raises:
             ValueError: the server does not reply in time, or its reply has no such scores.
         """
-        parts = [torch.empty(0)]
-        for rows in self._batches(len(images)):
+
+        def score(rows: slice) -> Tensor:
             content = {"images": [as_png(image) for image in images[rows]], "prompts": list(prompts[rows])}
-            parts.append(self.server.scores(content, prompts[rows]))
-        return torch.cat(parts)
+            return self.server.scores(content, prompts[rows])
+
+        return in_batches(score, len(prompts), self.server.options.batch_size)
 
     def score_responses(
         self,
@@ -170,18 +171,15 @@ class HttpJudge:
         Raises:
             ValueError: the server does not reply in time, or its reply has no such scores.
         """
-        parts = [torch.empty(0)]
-        for rows in self._batches(len(prompts)):
+
+        def score(rows: slice) -> Tensor:
             pngs = [[as_png(image) for image in shown] for shown in images[rows]]
             content = {"images": pngs, "prompts": list(prompts[rows]), "responses": list(responses[rows])}
             if truths is not None:
                 content["truths"] = [list(texts) for texts in truths[rows]]
-            parts.append(self.server.scores(content, prompts[rows]))
-        return torch.cat(parts)
+            return self.server.scores(content, prompts[rows])
 
-    def _batches(self, number: int) -> Iterator[slice]:
-        size = self.server.options.batch_size
-        return (slice(start, start + size) for start in range(0, number, size))
+        return in_batches(score, len(prompts), self.server.options.batch_size)
 
 
 def as_png(image: Image.Image) -> str:

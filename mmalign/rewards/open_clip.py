@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.resources import resolve_model
-from mmalign.rewards import BatchConfig, check_files, readable
+from mmalign.rewards import BatchConfig, check_files, in_batches, readable
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -114,11 +114,9 @@ class OpenClip:
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         """Return scores [N], float32, on the device of the model; `t` is not read."""
-        parts = [torch.empty(0, device=self.device)]
-        for start in range(0, len(images), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            parts.append(self._score(images[rows], prompts[rows]))
-        return torch.cat(parts)
+        return in_batches(
+            lambda rows: self._score(images[rows], prompts[rows]), len(images), self.batch_size, self.device
+        )
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:

@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmalign.resources import resolve_model
-from mmalign.rewards import BatchConfig, _clip_files, _spo_release, check_files, readable, transformers_clip
+from mmalign.rewards import BatchConfig, _clip_files, _spo_release, check_files, in_batches, readable, transformers_clip
 from mmalign.rewards._clip_files import CONFIG
 from mmalign.rewards.open_clip import ClipParts, TextFeatures, unit_vectors
 
@@ -177,13 +177,15 @@ class StepAware:
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         """Return scores [N], float32, on the model's device; without timesteps [N] images are taken as clean."""
         times = torch.zeros(len(images)) if t is None else t
-        scale, parts = self.net.clip.logit_scale.exp(), [torch.empty(0, device=self.device)]
-        for start in range(0, len(images), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+        scale = self.net.clip.logit_scale.exp()
+
+        def score(rows: slice) -> Tensor:
             pixels = torch.stack([self.preprocess(image) for image in images[rows]]).to(self.device)
             features = self.net.encode_image(pixels, times[rows].to(self.device))
-            parts.append((scale * (features * self.text(prompts[rows])).sum(-1)).float())
-        return torch.cat(parts)
+            scores: Tensor = (scale * (features * self.text(prompts[rows])).sum(-1)).float()
+            return scores
+
+        return in_batches(score, len(images), self.batch_size, self.device)
 
 
 def load(path: str, device: torch.device, cfg: Config) -> StepAware:
