@@ -64,7 +64,7 @@ def compare_images(pairs: Sequence[ImagePair], rows: Sequence[JudgedRow]) -> Com
     """Return the comparisons of judged rows of a data set.
 
     Raises:
-        ValueError: there is none.
+        ValueError: they are of fewer than two groups.
     """
     keys, share, features = list[tuple[int, int, int]](), list[float](), list[list[str]]()
     scores, properties = defaultdict[str, list[list[float]]](list), defaultdict[str, list[list[float]]](list)
@@ -80,9 +80,10 @@ def compare_images(pairs: Sequence[ImagePair], rows: Sequence[JudgedRow]) -> Com
             for table, values in ((scores, row.scores), (properties, row.properties)):
                 for name, of_images in values.items():
                     table[name].append([of_images[i], of_images[j]])
-    if not keys:
+    if len({pairs[number].group for number, _, _ in keys}) < 2:
         raise ValueError(
-            "judge: the validation split has no pair to score; raise data.validation_fraction, or give more pairs"
+            f"judge: the validation split has {len(keys)} pairs, of fewer than two groups (prompts), which an interval "
+            "needs; raise data.validation_fraction, or give more pairs"
         )
     ordered = np.array(share) != 0.5
     names = sorted({name for own in features for name in own})
@@ -208,11 +209,7 @@ def rank_correlation(values: Values, scores: Values, groups: Sequence[Hashable])
 
 
 def audit(comparisons: Comparisons, bins: int) -> tuple[dict[str, object], Table]:
-    """Return the content of result.json, and a table of it; the parts after the first are about the trained judge.
-
-    Raises:
-        ValueError: all comparisons are of one group.
-    """
+    """Return the content of result.json, and a table of it; the parts after the first are about the trained judge."""
     comparison = compare(*(measure(comparisons, side) for side in SIDES))
     *errors, change = calibration_errors(comparisons, bins)
     result, table = comparison.as_dict(), comparison.table()

@@ -2,9 +2,12 @@
 
 import io
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 
@@ -13,6 +16,12 @@ from mmalign.data.pairs import ImagePair, ImageRef
 from mmalign.evaluation import judged_rows
 from mmalign.evaluation.benchmarks import judge
 from mmalign.evaluation.judged_rows import JudgedRow, judge_rows
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def ref(key: str, data: bytes = b"") -> ImageRef:
@@ -105,7 +114,7 @@ def test_lists_are_compared_two_by_two() -> None:
     comparisons = judge.compare_images(pairs, [row(0, [1.0, 2.0, 0.0]), row(1, [1.0, 0.0])])
     assert comparisons.keys == ((0, 0, 1), (0, 0, 2), (1, 0, 1))  # equal scores are not compared
     assert comparisons.verdicts("after").tolist() == [0.0, 1.0, 1.0]
-    with pytest.raises(ValueError, match="has no pair to score"):
+    with pytest.raises(ValueError, match="has 0 pairs, of fewer than two groups"):
         judge.compare_images(pairs, [])
 
 
@@ -118,11 +127,42 @@ def test_properties_of_known_images() -> None:
     assert red["colourfulness"] == pytest.approx(0.3 * math.hypot(1, 0.5)) and red["contrast"] == 0
 
 
+def test_processes_judge_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each judges its batches; together they have the rows of one process, in order."""
+    data = png()
+    pairs = [ImagePair(n, f"p{n}", (ref("a", data), ref("b", data)), lambda: "row", "p") for n in range(5)]
+
+    class First:
+        """The first of two processes, which gathers what the second one judges."""
+
+        def is_mine(self, index: int) -> bool:
+            return index % 2 == self.rank
+
+        def gather(self, value: Any) -> list[Any]:
+            if self.rank == 1:
+                shares.append(value)
+                return [value]
+            return [value, *shares]
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+    judged, shares = list[str](), list[Any]()
+
+    def score(images: Sequence[Image.Image], prompts: Sequence[str]) -> torch.Tensor:
+        judged.extend(prompts)
+        return torch.arange(len(images))
+
+    for rank in (1, 0):
+        monkeypatch.setattr(judged_rows, "current_processes", lambda rank=rank: First(rank))
+        rows = judge_rows(pairs, {"after": score}, batch_size=2)
+    assert [one.number for one in rows] == [0, 1, 2, 3, 4]
+    assert judged == ["p2"] * 2 + ["p3"] * 2 + ["p0"] * 2 + ["p1"] * 2 + ["p4"] * 2
+
+
 def test_rows_with_an_unreadable_image_are_named(log_lines: list[str]) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "PNG")
-    outputs = [(ref("a", buffer.getvalue()), ref("b", data)) for data in (buffer.getvalue(), b"no image")]
+    outputs = [(ref("a", png()), ref("b", data)) for data in (png(), b"no image")]
     pairs = [ImagePair(n, "p", both, lambda: "row", "p") for n, both in enumerate(outputs)]
-    rows = judge_rows(pairs, {"after": lambda images, _: np.arange(len(images))}, batch_size=2)  # type: ignore[dict-item,return-value]
+    rows = judge_rows(pairs, {"after": lambda images, _: torch.arange(len(images))}, batch_size=2)
     assert [(one.number, one.scores["after"]) for one in rows] == [(0, [0, 1])]
     assert any("1 images cannot be read" in line for line in log_lines)
