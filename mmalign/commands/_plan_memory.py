@@ -21,10 +21,11 @@ from mmalign import methods
 from mmalign.commands import train
 from mmalign.commands._bench_meters import LiveBytes
 from mmalign.config import Recipe
-from mmalign.config.methods import DiffusionDPOConfig
+from mmalign.config.methods import DiffusionDPOConfig, DPOConfig, find_method
 from mmalign.data.data_module import Splits
 from mmalign.families.shapes import META, fetch_configurations, without_storage
 from mmalign.methods.text_to_image import diffusion_dpo
+from mmalign.methods.vision_language import dpo
 from mmalign.modalities import Example, loading, modality_of
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.resources import resolve_model
@@ -217,7 +218,8 @@ class _Activations:
         if method.requirements(config).generates:
             # A generated pair costs as much as a given one
             size = method.requirements(config).contrasts(size).pairs
-            method, config = diffusion_dpo, DiffusionDPOConfig(name="diffusion_dpo")
+            of_images = find_method(config.name)[0] == "text_to_image"
+            method, config = (diffusion_dpo, DiffusionDPOConfig()) if of_images else (dpo, DPOConfig())
         batch, trained, rng = self.example.batch(size), policy.trainable(), KeyedRNG(self.recipe.train.seed)
         if self.precomputed:
             frozen = replace(policy, reference=FrozenCopy(policy.unwrapped))

@@ -14,7 +14,7 @@ from mmalign.attention.choice import SelectedBackend
 from mmalign.config import DecodingConfig, SamplingConfig
 from mmalign.diffusion.noise import Schedule
 from mmalign.families.editing import Editing
-from mmalign.families.types import Conditioning, GeneratedText, ImageFeatures, ImageView, LoraSettings, Moments
+from mmalign.families.types import Conditioning, GeneratedText, ImageFeatures, ImageView, LoraSettings, Mixture, Moments
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.policy.sharding import ShardPlan
@@ -315,6 +315,7 @@ class VisionLanguage(Family, Protocol):
         rng: KeyedRNG,
         hidden: Sequence[Tensor] | None = None,
         stop: Sequence[str] = (),
+        mixture: Mixture | None = None,
     ) -> list[GeneratedText]:
         """Generate an answer to each prompt of `PromptProcessor.tokenize_prompt`; adapters stay on or off as they are.
 
@@ -331,6 +332,7 @@ class VisionLanguage(Family, Protocol):
             hidden: for each prompt a bool tensor over its `PromptProcessor.image_token_positions`, True where nothing
                 attends to the token; position ids do not change. None hides nothing.
             stop: texts that end an answer; the first one belongs to it.
+            mixture: another network whose logits are mixed in; None for none.
 
         Raises:
             ValueError: `hidden` is given, and `image_masking_unsupported_reason` is not None.

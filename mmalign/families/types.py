@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmalign.config import ImageSize
 
@@ -99,10 +99,24 @@ class ImageFeatures:
 
 
 class GeneratedText(NamedTuple):
-    """A generated text, and whether the limit of new tokens cut it before its end."""
+    """A generated text, whether the limit of new tokens cut it before its end, and its tokens, with one for the end."""
 
     text: str
     is_cut: bool = False
+    ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Another network that takes part in generation: tokens come from `softmax((1 - share) own + share other)` logits.
+
+    Attributes:
+        on_other: run a function on the other network, without gradients.
+        share: weight of its logits.
+    """
+
+    on_other: Callable[[Callable[[nn.Module], Tensor]], Tensor | None]
+    share: float
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ class Requirements:
         vision_tower: the vision tower during training, for images that no file contains.
         contrasts: the contrasts of a batch of so many rows.
         min_pairs: the smallest batch size, in pairs.
+        new_tokens: most tokens that the method adds to a prompt; prompts that leave no room for them are skipped.
         reward: the judge of a batch's images, or of responses that the policy generates.
         combine: the combination of several judges.
         reward_key: the judge's key in a recipe.
@@ -116,6 +117,7 @@ class Requirements:
     vision_tower: bool = False
     contrasts: Callable[[int], Contrasts] = lambda rows: Contrasts(1, rows)
     min_pairs: int = 1
+    new_tokens: int = 0
     reward: Rewards | None = None
     combine: Combine = "sum"
     reward_key: str = "method.reward"

@@ -55,7 +55,7 @@ def self_generated(
 
     def answer(rows: Sequence[GroundTruthAnswer], features: ImageFeatures) -> list[RejectedResponse]:
         answers = sampler.sample(rows, [WHOLE] * len(rows), features, decoding, attempt=1)
-        return [RejectedResponse(text, {CUT: True} if is_cut else {}) for text, is_cut in answers]
+        return [RejectedResponse(text, {CUT: True} if is_cut else {}) for text, is_cut, _ in answers]
 
     return _respond(sampler, pairs, decoding.max_new_tokens, answer)
 
@@ -175,7 +175,7 @@ class ReAlign:
         scores = self.similarity([answer.text for answer in answers], [row.answer for row in rows_asked])
         # Accepted: other than the true answer, dissimilar enough, and without a mask left
         results = dict[int, RejectedResponse | str]()
-        for (number, (row, ref)), (text, is_cut), score in zip(rows.items(), answers, scores, strict=True):
+        for (number, (row, ref)), (text, is_cut, _), score in zip(rows.items(), answers, scores, strict=True):
             notes: dict[str, float | str] = {"tries": attempt, "similarity": round(score, 4), "masked": masked[number]}
             notes |= {CUT: True} if is_cut else {}
             result = _checked(RejectedResponse(text, notes, ref), row.answer)

@@ -157,7 +157,7 @@ def joined(parts: Sequence[Part], texts: Sequence[GeneratedText], *, whole: bool
         if isinstance(part, str):
             pieces.append(part)
             continue
-        text, is_cut = next(rest)
+        text, is_cut, _ = next(rest)
         sentence = part.closed(text)
         pieces.append(without_torn_end(sentence) if is_cut and whole else sentence)
     return "".join(pieces).strip()

@@ -81,7 +81,7 @@ def test_a_judge_of_pairs_is_refused_where_images_come_in_batches() -> None:
 def test_a_judge_of_images_is_refused_for_responses() -> None:
     settings = ["method.name=bdhs", "method.mode=mixed", "method.mixed.reward={path: models/tiny_clip}"]
     recipe = load_recipe("vision_language/quickstart", settings)
-    with pytest.raises(ValueError, match="open_clip judges images; for responses use one of function"):
+    with pytest.raises(ValueError, match="open_clip judges images; for responses use one of chair, function"):
         check_method_judge(recipe)
 
 

@@ -22,7 +22,20 @@ from mmalign.methods.text_to_image import (
     spo,
     step_preference,
 )
-from mmalign.methods.vision_language import bdhs, dpo, kto, lipo, mdpo, povid, realign, response_sft, rlhfv
+from mmalign.methods.vision_language import (
+    bdhs,
+    dpo,
+    grpo,
+    kto,
+    lipo,
+    mdpo,
+    online_dpo,
+    povid,
+    raft,
+    realign,
+    response_sft,
+    rlhfv,
+)
 
 
 def checked(method: Method[F, B, H, C]) -> object:
@@ -42,6 +55,7 @@ METHODS = [
     checked(diffusion_lpo),
     checked(diffusion_online_dpo),
     checked(dpo),
+    checked(grpo),
     checked(inpo),
     checked(instruct_engine),
     checked(kto),
@@ -49,7 +63,9 @@ METHODS = [
     checked(mapo),
     checked(mdpo),
     checked(nft),
+    checked(online_dpo),
     checked(povid),
+    checked(raft),
     checked(realign),
     checked(response_sft),
     checked(rlhfv),

@@ -33,7 +33,7 @@ class AnswerCache:
 
     def add(self, answers: Mapping[tuple[str, str], GeneratedText]) -> None:
         """Add answers to the file."""
-        self._journal.append([(*key, *answer) for key, answer in answers.items()])
+        self._journal.append([(*key, answer.text, answer.is_cut) for key, answer in answers.items()])
         self._know(answers)
 
     def _know(self, answers: Mapping[tuple[str, str], GeneratedText]) -> None:

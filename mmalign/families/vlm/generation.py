@@ -11,17 +11,19 @@ vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mmalign.config import DecodingConfig
-from mmalign.families.types import GeneratedText, ImageFeatures
+from mmalign.families.types import GeneratedText, ImageFeatures, Mixture
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.families.vlm.processor import HFProcessor
+from mmalign.families.vlm.token_scorer import unwrap
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.policy import eval_mode
 from mmalign.rng import KeyedRNG
@@ -67,6 +69,7 @@ def generate(
     decoding: DecodingConfig,
     rng: KeyedRNG,
     stop: Sequence[str],
+    mixture: Mixture | None = None,
 ) -> list[GeneratedText]:
     """Generate an answer to each prompt with a model that has a head; the model's state is restored afterwards."""
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].row.ids))  # for less padding
@@ -75,7 +78,7 @@ def generate(
         for first in range(0, len(order), decoding.batch_size):
             chunk = order[first : first + decoding.batch_size]
             batch = [prompts[number] for number in chunk]
-            generated = _generate_batch(model, processor, batch, features, decoding, rng, stop)
+            generated = _generate_batch(model, processor, batch, features, decoding, rng, stop, mixture)
             answers |= zip(chunk, generated, strict=True)
     return [answers[number] for number in range(len(prompts))]
 
@@ -88,6 +91,7 @@ def _generate_batch(
     decoding: DecodingConfig,
     rng: KeyedRNG,
     stop: Sequence[str],
+    mixture: Mixture | None,
 ) -> list[GeneratedText]:
     """Generate the answers to one batch of prompts."""
     # Inputs of left-padded rows
@@ -99,21 +103,25 @@ def _generate_batch(
     # tokens keep their positions.
     inputs["position_ids"] = model._prepare_position_ids_for_generation(ids, inputs)
     inputs["attention_mask"] = _visible_tokens(mask, ids == processor.image_token_id, prompts).long()
+    # Logits of both models, then the noise
+    processors: list[_Mixed | _Noise] = [] if mixture is None else [_Mixed(mixture, inputs)]
+    processors += [_Noise(prompts, rng, ids.shape[1], decoding.temperature)] if decoding.temperature else []
     # Answers, cut after the first stop text
     width = ids.shape[1]
     output = model.generate(
         **inputs,
         max_new_tokens=decoding.max_new_tokens,
         synced_gpus=False,  # processes generate independently; transformers would join those of a sharded network
-        logits_processor=[_Noise(prompts, rng, width, decoding.temperature)] if decoding.temperature else [],
+        logits_processor=processors,
         stopping_criteria=[_Stop(processor, rows, width, stop)] if stop else [],
     )
     new, ends = output[:, width:], torch.tensor(model.generation_config.eos_token_id, device=output.device)
-    is_ended = torch.isin(new, ends).any(1) if new.shape[1] >= decoding.max_new_tokens else torch.ones(len(new)).bool()
-    answers = _answers(processor, rows, new)
+    is_end = torch.isin(new, ends)
+    is_ended = is_end.any(1) if new.shape[1] >= decoding.max_new_tokens else torch.ones(len(new)).bool()
+    answers, lengths = _answers(processor, rows, new), (is_end.cumsum(1) - is_end.int() == 0).sum(1)
     return [
-        GeneratedText(_until(answer, stop), not ended and not any(text in answer for text in stop))
-        for answer, ended in zip(answers, is_ended.tolist(), strict=True)
+        GeneratedText(_until(answer, stop), not ended and not any(text in answer for text in stop), tuple(ids[:length]))
+        for answer, ended, ids, length in zip(answers, is_ended.tolist(), new.tolist(), lengths.tolist(), strict=True)
     ]
 
 
@@ -150,6 +158,30 @@ def _plain_search(model: PreTrainedModel, processor: HFProcessor) -> Iterator[No
             yield
     finally:
         model.generation_config = own
+
+
+class _Mixed:
+    """Logits processor that mixes in the logits of another network, with a key-value cache of its own."""
+
+    def __init__(self, mixture: Mixture, inputs: Mapping[str, object]) -> None:
+        self.mixture, self.is_first = mixture, True
+        self.inputs: dict[str, Any] = {name: x for name, x in inputs.items() if name != "input_ids"}
+        self.inputs["use_cache"] = True
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        other = self.mixture.on_other(lambda net: unwrap(net).run(partial(self._logits, ids=ids)))
+        assert other is not None, "there is another network"
+        return (1 - self.mixture.share) * logits + self.mixture.share * other.to(logits)
+
+    def _logits(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
+        """Return the logits [N, V] after the tokens, as transformers' own loop computes them."""
+        new = {} if self.is_first else {"next_sequence_length": 1}
+        given = model.prepare_inputs_for_generation(ids, is_first_iteration=self.is_first, **new, **self.inputs)
+        output = model(**given, return_dict=True)
+        self.inputs = model._update_model_kwargs_for_generation(output, self.inputs)
+        self.is_first = False
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
 
 
 class _Noise:

@@ -32,7 +32,7 @@ from mmalign.families.lora import (
     make_trainable,
     set_up_adapters,
 )
-from mmalign.families.types import GeneratedText, ImageFeatures, ImageView, Loading, LoraSettings
+from mmalign.families.types import GeneratedText, ImageFeatures, ImageView, Loading, LoraSettings, Mixture
 from mmalign.families.vlm.checks import check_one_image, check_processor, check_type, remove_dropout
 from mmalign.families.vlm.decoder_inputs import decoder_inputs
 from mmalign.families.vlm.export import adapter_names, export, read_adapter, save_adapters, save_model
@@ -205,6 +205,7 @@ class ImageTextToText:
         rng: KeyedRNG,
         hidden: Sequence[Tensor] | None = None,
         stop: Sequence[str] = (),
+        mixture: Mixture | None = None,
     ) -> list[GeneratedText]:
         if hidden is not None and self.image_masking_unsupported_reason:
             raise ValueError(f"model.path: {self.name}: {self.image_masking_unsupported_reason}; use another model")
@@ -213,7 +214,9 @@ class ImageTextToText:
         with torch.no_grad():
             features = self._encoded(features, {key for prompt in prompts for key in prompt.images})
         with self.loading.autocast():
-            return unwrap(net).run(lambda model: generate(model, self.processor, asked, features, decoding, rng, stop))
+            return unwrap(net).run(
+                lambda model: generate(model, self.processor, asked, features, decoding, rng, stop, mixture)
+            )
 
     @property
     def default_lora_targets(self) -> Sequence[str]:

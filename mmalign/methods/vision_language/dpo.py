@@ -15,6 +15,7 @@ from __future__ import annotations
 from functools import partial
 
 from mmalign.config.methods import DPOConfig as Config
+from mmalign.config.methods import ResponseMethodConfig
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements, Step, reference_scores
@@ -35,7 +36,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     return [Contrast(batch, reference_scores(policy, batch, score))]
 
 
-def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
+def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: ResponseMethodConfig) -> Step:
     """Return the pair loss on the log-probabilities of policy and reference."""
     policy_scores = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.mean)
     return response_step(present(cfg, policy.memory), policy_scores, contrast.reference, contrast.batch)

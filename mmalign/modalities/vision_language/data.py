@@ -99,7 +99,13 @@ def build_data_module(
             of_tokens = {**tokenizer_dependencies(family), "max_length": longest}
             precompute_cache = PrecomputeCache.open(folder, spec, {**of_images, **of_tokens, "seed": seed})
     # Loaders of both splits
-    reader = ResponsePairReader(family.processor, longest, needs.decoded_images, needs.other_images, features)
+    if needs.new_tokens >= longest:
+        raise ValueError(
+            f"method.generation.max_new_tokens: {needs.new_tokens:,} leaves no room for a prompt in {longest:,} tokens "
+            "(the model's limit, or data.max_length); lower it"
+        )
+    prompts = longest - needs.new_tokens
+    reader = ResponsePairReader(family.processor, prompts, needs.decoded_images, needs.other_images, features)
     loaders = open_loaders(
         reader,
         splits,
@@ -113,7 +119,7 @@ def build_data_module(
     return DataModule(
         partial(encode_responses, family, max_length=longest, judge=reward_model),
         *loaders,
-        summarize(splits),
+        f"{len(splits[0]):,} prompts from {splits[0].source}." if needs.generates else summarize(splits),
         precompute_cache,
         features,
     )

@@ -35,7 +35,10 @@ def encode_example(family: VisionLanguage, recipe: Recipe, needs: Requirements, 
     assert isinstance(data, ResponseData)
     longest = min(family.processor.max_length, data.max_length or sys.maxsize)
     reader = ResponsePairReader(family.processor, longest, needs.decoded_images, needs.other_images)
-    pairs = _usual_pairs(needs) if splits is None else _spaced(splits[0])
+    pairs = list(_usual_pairs(needs) if splits is None else _spaced(splits[0]))
+    if needs.generates:
+        chosen, rejected = ("word " * needs.new_tokens + end for end in ("one.", "two."))
+        pairs = [replace(pair, chosen=chosen, rejected=rejected) for pair in pairs]
     read = [(pair, reader.read(pair, 0)) for pair in pairs]
     examples = [(pair, example) for pair, example in read if isinstance(example, ResponseExample)]
     if not examples:

@@ -18,6 +18,7 @@ from mmalign.methods import requirements_of
 from mmalign.modalities.loading import disable_progress_bars, find_local
 from mmalign.pages.examples import DataView, ExampleSide, TextSpan, TrainingExample
 
+PROMPT = "prompt"  # name of a row without a response
 NUM_MEASURED = 256  # pairs, evenly spaced, whose tokens are counted
 
 
@@ -48,7 +49,7 @@ def _facts(measured: Sequence[Any], longest: int) -> Iterator[str]:
         rows = [len(row.ids) for _, row in sides]
         cut = sum(length == longest for length in rows)
         yield f"tokens of a row, {of}: {_range(rows)}; the limit is {longest:,}, and {cut:,} rows reach it"
-        for name in dict(sides):
+        for name in dict(sides).keys() - {PROMPT}:
             responses = [len(row.response) for side, row in sides if side == name]
             yield f"tokens of a {name} response, {of}: {_range(responses)}"
     if len(usable) < len(measured):
@@ -77,8 +78,8 @@ def _example(reader: ResponsePairReader, processor: PromptProcessor, pair: Respo
 
 
 def _sides(example: ResponseExample) -> list[tuple[str, TokenizedResponse]]:
-    """Return the rows by name; one of answers alone has no rejected one."""
-    names = output_names(len(example.pair.responses), example.pair.scores)
+    """Return the rows by name; answers alone have no rejected one, prompts alone no response."""
+    names = output_names(len(example.pair.responses), example.pair.scores) or [PROMPT]
     return list(zip(names, example.responses, strict=False))
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,15 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mmalign.config import DecodingConfig
-from mmalign.families.types import LoraSettings
+from mmalign.families.types import LoraSettings, Mixture
+from mmalign.families.vlm.generation import _Mixed
 from mmalign.families.vlm.processor import HFProcessor
 from mmalign.families.vlm.quirks import ModelQuirks
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import AdaptersOff, Policy
 from mmalign.rng import KeyedRNG
-from tests.helpers import Folders, first_fast, vlm_models, vlm_reference
+from tests.helpers import Folders, first_fast, response_batches, vlm_models, vlm_reference
+from tests.helpers.golden import golden
 from tests.helpers.loading import load_vlm
+from tests.helpers.policies import adapted
 from tests.helpers.vlm_reference import PICTURES
 
 EVERY = [*vlm_models.BUILDERS, *vlm_models.NEWER]
@@ -409,3 +412,35 @@ def test_without_its_adapters_a_model_answers_as_its_base(vlm_folders: Folders) 
 def test_a_wrapped_network_answers_as_the_bare_one(llava: Any) -> None:
     wrapped = torch.nn.Sequential(llava.network)  # as a wrapper for distribution holds it
     assert answers(llava, [Asked()], net=wrapped) == answers(llava, [Asked()])
+
+
+def test_the_mixture_is_the_geometric_one() -> None:
+    published = golden("objectives")["geometric mixture a=.25 of ref"]
+    policy, reference = torch.tensor([[0.2, 0.7, 0.1]]).log(), torch.tensor([[0.5, 0.3, 0.2]]).log()
+    mixed = _Mixed(Mixture(lambda _: reference + 3.0, 0.25), {})(torch.zeros(1, 4), policy)
+    torch.testing.assert_close(mixed.softmax(-1)[0], torch.tensor(published), rtol=0, atol=1e-6)
+
+
+def test_another_network_is_mixed_in_at_every_token(vlm: Any) -> None:
+    """Greedily, against the log-probabilities of both networks along the answers; the other one has adapters off."""
+    policy = adapted(vlm, moved=0.3)
+    batch = response_batches.batch(vlm)
+    prompts = [replace(row, ids=row.ids[: row.start]) for row in batch.tokens.rows[:3]]
+    decoding = DecodingConfig(max_new_tokens=5, batch_size=3)
+    alone, mixed = (
+        vlm.generate(
+            policy.unwrapped, prompts, batch.features, decoding, rows=[0, 1, 2], rng=KeyedRNG(0), mixture=given
+        )
+        for given in (None, Mixture(policy.on_reference, 0.6))
+    )
+    assert [one.ids for one in alone] != [one.ids for one in mixed]
+    for prompt, said in zip(prompts, mixed, strict=True):
+        tokens = vlm.processor.collate([replace(prompt, ids=(*prompt.ids, *said.ids))])
+        every = torch.arange(vlm.network.model.get_output_embeddings().out_features)
+        targets = every.expand(1, len(said.ids), -1)
+        with torch.no_grad():
+            own = vlm.token_logps(policy.unwrapped, tokens, batch.features, targets)
+        other = policy.on_reference(lambda net: vlm.token_logps(net, tokens, batch.features, targets))  # noqa: B023
+        likelihood = (0.4 * own + 0.6 * other)[0]
+        chosen = likelihood.gather(1, torch.tensor(said.ids)[:, None])[:, 0]
+        assert (likelihood.max(1).values - chosen < 1e-4).all()

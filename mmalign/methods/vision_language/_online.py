@@ -1,0 +1,158 @@
+"""Answers that the policy generates and a judge scores, learned from before the next ones are generated.
+
+    y^1 ... y^K ~ policy(image, question)          K answers to a question, sampled with keyed random numbers
+    R^k = judge(image, question, y^k)
+
+All answers, and the scores of the reference and of the generating policy, are made before a batch's first update, so a
+run resumes exactly between batches. A question whose answers have equal rewards has the weight 0. The tokens learned
+from are those that were generated; an answer that the limit cut has no token for its end.
+
+B questions, K answers to each. Row `k * B + b` is answer k to question b.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mmalign.config.methods import AnswersConfig, OnlineResponsesConfig
+from mmalign.data.loaders.batches import EncodedResponses
+from mmalign.data.pairs import stable_hash
+from mmalign.families.base import VisionLanguage
+from mmalign.families.types import GeneratedText, Mixture
+from mmalign.language.chat import as_text
+from mmalign.language.tokens import TokenizedResponse
+from mmalign.losses.advantages import informative
+from mmalign.methods import Contrasts, Requirements, Step
+from mmalign.policy import FrozenCopy, Policy
+from mmalign.rng import KeyedRNG
+
+EQUAL_REWARDS = (
+    "the judge gave all answers to a question the same score, or no answer can be trained; look at the judge "
+    "(method.reward), generate more answers (method.generation.answers), or raise method.generation.temperature"
+)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers to a batch of questions.
+
+    Attributes:
+        batch: the questions, with their images.
+        rows: the questions with their answers, K lists [B].
+        rewards: [B, K].
+        weights: weights of the questions [B].
+        summary: means of the batch for the log.
+    """
+
+    batch: EncodedResponses
+    rows: list[list[TokenizedResponse]]
+    rewards: Tensor
+    weights: Tensor
+    summary: Mapping[str, float]
+
+    def select(
+        self, family: VisionLanguage, questions: Sequence[int], answers: Sequence[tuple[int, int]]
+    ) -> EncodedResponses:
+        """Return a batch of some questions, whose rows are answers k to questions b, given as (k, b)."""
+        return replace(
+            self.batch,
+            rows=[self.batch.rows[b] for b in questions],
+            pairs=[self.batch.pairs[b] for b in questions],
+            tokens=family.processor.collate([self.rows[k][b] for k, b in answers]).to(self.weights.device),
+            weights=self.weights[list(questions)],
+        )
+
+
+def parts(number: int, cfg: AnswersConfig) -> list[list[int]]:
+    """Return the questions of each contrast of one pass over a batch of so many, as indices in the batch."""
+    size, everyone = cfg.questions_per_contrast or number, list(range(number))
+    return [everyone[first : first + size] for first in everyone[::size]]
+
+
+def online_requirements(cfg: OnlineResponsesConfig, *, reference: bool, learned: int) -> Requirements:
+    """Return the needs of a method that learns from so many of its own answers to each question."""
+    return Requirements(
+        reference=reference,
+        learns_from="prompts",
+        decoded_images=True,
+        contrasts=partial(_contrasts, cfg.generation, learned),
+        new_tokens=cfg.generation.max_new_tokens,
+        reward=cfg.reward,
+        combine=cfg.combine,
+        hint_if_empty=EQUAL_REWARDS,
+    )
+
+
+def _contrasts(cfg: AnswersConfig, learned: int, questions: int) -> Contrasts:
+    """Return the contrasts of a batch of questions, with so many answers to each."""
+    most = min(questions, cfg.questions_per_contrast or questions)
+    return Contrasts(cfg.updates * len(parts(questions, cfg)), math.ceil(most * learned / 2))
+
+
+def answer(
+    policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: AnswersConfig, rng: KeyedRNG, mixture: float = 0.0
+) -> Answered:
+    """Generate and judge the answers to all questions, in one call; `mixture` is the reference's share of logits."""
+    # K answers to each question
+    family, number = policy.family, len(batch.rows)
+    keys = [stable_hash(str(row), str(k)) for k in range(cfg.answers) for row in batch.rows]
+    other, prompts = Mixture(policy.on_reference, mixture) if mixture else None, list(batch.tokens.rows) * cfg.answers
+    with contextlib.ExitStack() as whole:  # processes generate answers of unequal length
+        whole.enter_context(policy.gathered(policy.unwrapped))
+        if other is not None and isinstance(policy.reference, FrozenCopy):
+            whole.enter_context(policy.gathered(policy.reference.model))
+        generated = family.generate(policy.unwrapped, prompts, batch.features, cfg, rows=keys, rng=rng, mixture=other)
+    texts = [said.text.strip() for said in generated]
+    # Their rewards
+    assert batch.judge is not None, "the method needs a judge of responses"
+    images = [[batch.decoded_images[ref.key] for ref in pair.images] for pair in batch.pairs]
+    truths = [pair.truth for pair in batch.pairs] * cfg.answers
+    asked = [as_text(pair.turns) for pair in batch.pairs] * cfg.answers
+    rewards = batch.judge(images * cfg.answers, asked, texts, truths).view(cfg.answers, number).T
+    # Their tokens
+    tokenized = [_row(family, prompt, said) for prompt, said in zip(prompts, generated, strict=True)]
+    usable = torch.tensor([row is not None for row in tokenized]).view(cfg.answers, number).all(0)
+    rows = [row or _placeholder(prompt) for row, prompt in zip(tokenized, prompts, strict=True)]
+    rewards, usable = rewards.to(batch.weights.device), usable.to(batch.weights.device)
+    weights = batch.weights * informative(rewards) * usable
+    cut = torch.tensor([float(said.is_cut) for said in generated]).view(cfg.answers, number).T
+    lengths = torch.tensor([float(len(row.response)) for row in rows]).view(cfg.answers, number).T
+    summary = _summary(rewards, {"answer tokens": lengths, "cut answers": cut}, usable, batch.weights > 0)
+    return Answered(batch, [rows[k : k + number] for k in range(0, len(rows), number)], rewards, weights, summary)
+
+
+def with_summary(step: Step, summary: Mapping[str, float]) -> Step:
+    """Return a step with the means of its batch's generation among its metrics."""
+    return replace(step, metrics=step.metrics | {name: torch.full_like(step.weights, x) for name, x in summary.items()})
+
+
+def _summary(rewards: Tensor, more: Mapping[str, Tensor], usable: Tensor, real: Tensor) -> dict[str, float]:
+    """Return means over the real questions; values are [B, K], masks [B]."""
+    differ, judged = informative(rewards)[real], rewards[real]
+    means = {
+        "reward": judged.mean(),
+        "reward spread": judged.std(1).mean(),
+        "equal rewards": 1 - differ.float().mean(),
+        "unusable questions": 1 - usable[real].float().mean(),
+        **{name: values.to(real.device)[real].mean() for name, values in more.items()},
+    }
+    return {name: float(mean.nan_to_num()) for name, mean in means.items()}
+
+
+def _row(family: VisionLanguage, prompt: TokenizedResponse, said: GeneratedText) -> TokenizedResponse | None:
+    """Return a question with an answer; None for an answer that holds tokens of images, or no token at all."""
+    row = TokenizedResponse((*prompt.ids, *said.ids), len(prompt.ids), prompt.images)
+    more = len(family.processor.image_token_positions(row)) - len(family.processor.image_token_positions(prompt))
+    return row if said.ids and not more else None
+
+
+def _placeholder(prompt: TokenizedResponse) -> TokenizedResponse:
+    """Return a row of one token in place of an answer that is not learned from."""
+    return TokenizedResponse((*prompt.ids, prompt.ids[-1]), len(prompt.ids), prompt.images)

@@ -1,0 +1,55 @@
+"""Online DPO (arXiv:2402.04792): the best against the worst of the policy's own answers, ordered by a judge.
+
+    y^1 ... y^K ~ softmax((1 - mixture) policy + mixture reference logits)      the policy itself by default
+    loss = DPO's, or another pair loss, of argmax R against argmin R      (`dpo`)
+
+The policy is that of the batch's first update, the reference the model before training. TRL generates two answers.
+With `loss: ipo` and a mixture it is IPO-MD (arXiv:2403.08635).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+from mmalign.config.methods import OnlineDPOConfig as Config
+from mmalign.data.loaders.batches import EncodedResponses
+from mmalign.families.base import VisionLanguage
+from mmalign.methods import Requirements, Step
+from mmalign.methods._pair_memory import pair_memory
+from mmalign.methods.vision_language import _responses, dpo
+from mmalign.methods.vision_language._online import answer, online_requirements, parts, with_summary
+from mmalign.methods.vision_language._responses import response_scores
+from mmalign.policy import Policy
+from mmalign.rng import KeyedRNG
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Best and worst answers, and means of the batch for the log."""
+
+    pairs: _responses.Contrast
+    summary: Mapping[str, float]
+
+
+def requirements(cfg: Config) -> Requirements:
+    """Return the method's needs: prompts, a judge, and the reference of the loss."""
+    needs = online_requirements(cfg, reference=cfg.uses_reference or cfg.mixture > 0, learned=2)
+    return replace(needs, memory=pair_memory(cfg))
+
+
+def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
+    """Generate and judge the answers to a batch; return the contrasts of one pass after another."""
+    answered, made = answer(policy, batch, cfg.generation, rng, cfg.mixture), list[Contrast]()
+    ends = [answered.rewards.argmax(1).tolist(), answered.rewards.argmin(1).tolist()]
+    for questions in parts(len(batch.rows), cfg.generation):
+        given = answered.select(policy.family, questions, [(end[b], b) for end in ends for b in questions])
+        scores = policy.on_reference(partial(response_scores, policy.family, batch=given, mean=cfg.mean))
+        made.append(Contrast(_responses.Contrast(given, scores), answered.summary))
+    return made * cfg.generation.updates
+
+
+def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
+    """Return the pair loss on the log-probabilities of policy and reference."""
+    return with_summary(dpo.loss(policy, contrast.pairs, cfg), contrast.summary)
