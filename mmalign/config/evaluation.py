@@ -156,6 +156,12 @@ class EvaluateJudge(Evaluate):
     )
     bins: int = Field(10, ge=1, le=100, description="bins of the judge's confidence, between 1/2 and 1")
 
+    @model_validator(mode="after")
+    def _draws_nothing(self) -> EvaluateJudge:
+        if self.seed:
+            raise ValueError(f"seed: {self.seed} means nothing here: an audit draws no random numbers; leave it out")
+        return self
+
 
 class DecodingConfig(Section):
     """Settings of text decoding."""

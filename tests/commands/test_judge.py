@@ -13,14 +13,14 @@ from PIL import Image
 import mmalign
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.rewards import load_reward_model
-from tests.helpers import data_files, recipes
+from tests.helpers import data_files, first_fast, recipes
 from tests.helpers.runs import assert_resumes
 
 
-def judge_recipe(clip: Path, folder: Path, number: int = 8, /, **sections: Any) -> dict[str, Any]:
-    """A recipe of eight or more pairs, in which white upper halves are preferred."""
+def judge_recipe(clip: Path, folder: Path, /, **sections: Any) -> dict[str, Any]:
+    """A recipe of the folder's pairs, or of eight pairs in which white upper halves are preferred."""
     pairs = folder / "pairs.parquet"
-    pairs = pairs if pairs.exists() else data_files.pick_a_pic(pairs, number)
+    pairs = pairs if pairs.exists() else data_files.pick_a_pic(pairs)
     content = recipes.diffusion(clip, pairs, folder / "out", **{"method": {"name": "bradley_terry"}, **sections})
     content["data"].pop("resolution")
     return content
@@ -34,7 +34,7 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", first_fast(list(PARTS)))
 def test_a_judge_resumes_bit_by_bit_and_judges(part: str, tiny_clip: Path, tmp_path: Path) -> None:
     train = {"steps": 2, "save_every": 1}
     content = judge_recipe(tiny_clip, tmp_path, model={"tune": "full", **PARTS[part]}, train=train)
@@ -50,10 +50,12 @@ def test_a_judge_resumes_bit_by_bit_and_judges(part: str, tiny_clip: Path, tmp_p
 @pytest.mark.slow
 def test_a_judge_learns_is_audited_and_labels_pairs(tiny_clip: Path, tiny_sd15: Path, tmp_path: Path) -> None:
     """It tells held-out white halves apart, and `prepare` of another recipe takes it as its judge."""
+    table = pq.read_table(data_files.pick_a_pic(tmp_path / "pairs.parquet", 48))
+    names = pa.array(["ann", "ben", "ben"] * 16)
+    pq.write_table(table.append_column("annotator", names), tmp_path / "pairs.parquet")
     content = judge_recipe(
         tiny_clip,
         tmp_path,
-        48,
         train={"steps": 40, "batch_size": 8, "lr": 2e-3, "save_every": 40},
         data={"validation_fraction": 0.4},
         evaluate={"benchmark": "judge", "reward": {"path": str(tiny_clip)}, "bins": 5},
@@ -66,6 +68,7 @@ def test_a_judge_learns_is_audited_and_labels_pairs(tiny_clip: Path, tiny_sd15: 
     assert after["low"] > 0.5 and after["estimate"] > before["estimate"]
     assert set(evaluation.result["agreement"]) == {"after, labels", "after, other", "other, labels"}
     assert "file size" in evaluation.result["properties"]
+    assert {"accuracy, annotator ann", "accuracy, annotator ben"} <= set(evaluation.result["difference"])
     # The other judge is the one before training
     at_first = evaluation.result["agreement"]["other, labels"]["equal"]["estimate"]
     assert at_first == pytest.approx(before["estimate"])
@@ -99,6 +102,7 @@ REFUSED = {
     "head": (["model.head=linear", "model.tune=lora"], r"head: linear trains the last layers of pretrained towers"),
     "random": (["model.head=linear", "model.weights=random"], r"head: linear trains the last layers of pretrained"),
     "quantize": (["model.quantize=nf4", "model.tune=lora"], r"quantize: 'nf4' does not apply to a judge of images"),
+    "seed": (["evaluate={benchmark: judge, seed: 1}"], r"seed: 1 means nothing here: an audit draws no random numbers"),
     "path": (["model.path=models/none"], r"model\.path: there is no file or folder 'models/none'"),
 }
 

@@ -42,7 +42,8 @@ def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: pairs with ties, or lists, and no reference."""
     if cfg.rows == "lists":
         return Requirements(reference=False, learns_from="lists")
-    return Requirements(reference=False, labels=("preference", "weight"), ties=True)
+    labels = ("preference", "weight", "annotator")  # the last one for the audit's strata
+    return Requirements(reference=False, labels=labels, ties=True)
 
 
 def contrasts(policy: Policy[ImageJudge], batch: JudgedImages, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
