@@ -37,6 +37,10 @@ class Gaussian:
         z = (x.float() - self.mean) / self.std
         return -(0.5 * z.square()).flatten(1).mean(1) - self.std.log().flatten() - 0.5 * math.log(2 * math.pi)
 
+    def kl(self, other: Gaussian) -> Tensor:
+        """Return the KL divergence [B] to a distribution with the same std, as the mean over elements, in nats."""
+        return ((self.mean - other.mean) / self.std).square().flatten(1).mean(1) / 2
+
 
 def grid(schedule: Schedule, steps: int) -> Tensor:
     """Return the times [S + 1] of a sampler with S steps, from the noise to the image.

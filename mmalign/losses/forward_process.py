@@ -47,16 +47,24 @@ def weighted_nft(error: Tensor, old_error: Tensor, share: Tensor, *, beta: float
 
 
 def awm(error: Tensor, old_error: Tensor, advantage: Tensor, *, clip: float | None = None) -> Tensor:
-    """Return the loss of advantage-weighted matching (arXiv:2509.25050).
+    """Return the loss of advantage-weighted matching (arXiv:2509.25050): `clipped` with errors for log-probabilities.
 
-    `mean_i max(-A_i ratio_i, -A_i clamp(ratio_i, 1 - clip, 1 + clip))` with `ratio = exp(old_error - error)`. At a
-    ratio of 1 its gradient is that of `mean_i A_i error_i`.
+    At a ratio of 1 its gradient is that of `mean_i A_i error_i`.
     """
-    ratio = torch.exp(old_error - error)
+    return clipped(old_error - error, advantage, clip=clip).mean(1)
+
+
+def clipped(log_ratio: Tensor, advantage: Tensor, *, clip: float | None) -> Tensor:
+    """Return PPO's loss of each output [B, K], `max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip))` (arXiv:1707.06347).
+
+    Args:
+        log_ratio: logarithm of the ratio of the policy's probability to the old policy's.
+        advantage: the advantages A.
+        clip: range of the ratio; None for none.
+    """
+    ratio = log_ratio.exp()
     losses = -advantage * ratio
-    if clip is not None:
-        losses = torch.maximum(losses, -advantage * ratio.clamp(1 - clip, 1 + clip))
-    return losses.mean(1)
+    return losses if clip is None else torch.maximum(losses, -advantage * ratio.clamp(1 - clip, 1 + clip))
 
 
 def measured(error: Tensor, noise: Tensor, measure: Literal["plain", "noise", "root"]) -> Tensor:

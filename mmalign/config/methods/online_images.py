@@ -11,12 +11,23 @@ from mmalign.config.evaluation import Combine, Rewards, check_combine
 from mmalign.config.methods._shared import DenoisingMethodConfig
 
 
-class GenerationConfig(Section):
-    """Images that the policy generates for the prompts of a batch, and how often they are learned from."""
+class ImagesConfig(Section):
+    """Images that the policy generates for the prompts of a batch."""
 
     images: int = Field(24, ge=2, description="images of a prompt; 24 as published for DiffusionNFT, AWM and DGPO")
     steps: int = Field(10, ge=1, description="of the sampler; 10 as published")
     guidance: float = Field(1.0, ge=1, description="guidance scale of the sampler; 1 as published for DiffusionNFT")
+    batch_size: int = Field(16, ge=1, description="images that the network generates at a time")
+    prompts_per_contrast: int | None = Field(
+        None,
+        ge=1,
+        description="prompts whose images are learned from at a time, to save memory; default: all of a batch",
+    )
+
+
+class GenerationConfig(ImagesConfig):
+    """Images that are learned from several times, under new noise."""
+
     eta: float | None = Field(
         0.0,
         ge=0,
@@ -26,21 +37,36 @@ class GenerationConfig(Section):
     noisings: int = Field(
         4, ge=1, description="times that every image is noised and learned from, by later updates; ours (AWM: 6)"
     )
-    batch_size: int = Field(16, ge=1, description="images that the network generates at a time")
-    prompts_per_contrast: int | None = Field(
+
+
+class TrajectoryConfig(ImagesConfig):
+    """Images whose sampler steps are learned from."""
+
+    guidance: float = Field(
+        4.5, ge=1, description="guidance scale of policy and reference, in sampling and in the loss; as published"
+    )
+    eta: float | None = Field(
+        None, gt=0, le=1, description="noise of a stochastic step; default as published: 0.7 for flow models, else 1"
+    )
+    window: int | None = Field(
         None,
         ge=1,
-        description="prompts whose images are learned from at a time, to save memory; default: all of a batch. With "
-        "train.gradient_accumulation_steps of batch_size / prompts_per_contrast a noising is one update",
+        description="successive steps that are stochastic and learned from, the first drawn for each prompt (MixGRPO: "
+        "2); the others are deterministic. Default: all",
     )
 
+    @model_validator(mode="after")
+    def _has_steps(self) -> TrajectoryConfig:
+        if self.window is not None and self.window > self.steps:
+            raise ValueError(f"window: {self.window} steps are more than the {self.steps} of the sampler; lower it")
+        return self
 
-class OnlineConfig(MethodConfig):
-    """Judge and images of a method that generates its images."""
+
+class JudgedConfig(MethodConfig):
+    """Judge of a method that generates its images."""
 
     reward: Rewards = Field(description="judge of the generated images, or a list of several")
     combine: Combine = "sum"
-    generation: GenerationConfig = GenerationConfig()
 
     @property
     def uses_reference(self) -> bool:
@@ -48,9 +74,15 @@ class OnlineConfig(MethodConfig):
         return True
 
     @model_validator(mode="after")
-    def _combined(self) -> OnlineConfig:
+    def _combined(self) -> JudgedConfig:
         check_combine(self.reward, self.combine)
         return self
+
+
+class OnlineConfig(JudgedConfig):
+    """Images of a method that noises what it has generated."""
+
+    generation: GenerationConfig = GenerationConfig()
 
 
 class AdvantageConfig(Section):
@@ -141,3 +173,31 @@ class CRDConfig(AdvantageMethodConfig):
     def uses_reference(self) -> bool:
         """True if the difference to the reference has a weight."""
         return self.kl > 0 or self.least_kl > 0
+
+
+class FlowGRPOConfig(JudgedConfig):
+    """Hyper-parameters; the defaults are Flow-GRPO's, with the KL divergence in nats."""
+
+    name: Literal["flow_grpo"] = "flow_grpo"
+    generation: TrajectoryConfig = TrajectoryConfig()
+    advantages: AdvantageConfig = AdvantageConfig()
+    clip: float = Field(1e-4, gt=0, lt=1, description="clipping range of a step's likelihood ratio around 1")
+    kl: float = Field(
+        0.004,
+        ge=0,
+        description="weight of a step's KL divergence to the reference, in nats per element; Flow-GRPO's 0.04 needs "
+        "published_kl",
+    )
+    published_kl: bool = Field(
+        False, description="multiply the divergence by the step's length, of 1 in all, as Flow-GRPO's release does"
+    )
+    guard: bool = Field(
+        False,
+        description="centre and scale the ratio, and divide the loss by the step's length, so that all steps count "
+        "alike (GRPO-Guard)",
+    )
+
+    @property
+    def uses_reference(self) -> bool:
+        """True if the divergence to the reference has a weight."""
+        return self.kl > 0

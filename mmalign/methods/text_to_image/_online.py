@@ -24,7 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mmalign.config.methods import AdvantageMethodConfig, GenerationConfig, OnlineConfig
+from mmalign.config.methods import AdvantageMethodConfig, GenerationConfig, ImagesConfig, JudgedConfig, OnlineConfig
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.noise import mean_square
 from mmalign.families.base import TextToImage
@@ -94,12 +94,19 @@ class Errors:
 
 
 def online_requirements(cfg: OnlineConfig) -> Requirements:
+    """Return the needs of a method that learns from all images."""
+    return judged_requirements(
+        cfg, partial(contrasts_of, cfg.generation, cfg.generation.noisings, cfg.generation.images)
+    )
+
+
+def judged_requirements(cfg: JudgedConfig, contrasts: Callable[[int], Contrasts]) -> Requirements:
     """Return the needs: prompts alone, a judge, the decoder of images, and a reference if the loss has one."""
     return Requirements(
         reference=cfg.uses_reference,
         learns_from="prompts",
         vae_decoder=True,
-        contrasts=partial(contrasts_of, cfg.generation, cfg.generation.images),
+        contrasts=contrasts,
         reward=cfg.reward,
         combine=cfg.combine,
         hint_if_empty=EQUAL_REWARDS,
@@ -111,26 +118,37 @@ def generate(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Generation
     walk = policy_walk(
         policy, batch, rng, steps=cfg.steps, guidance=cfg.guidance, eta=cfg.eta, batch_size=cfg.batch_size
     )
-    x = rng.normal(batch.rows, (cfg.images, *batch.shape), "start").to(walk.times.device).transpose(0, 1)
+    x = start_latents(batch, cfg, rng)
     for latents in walk.path(x):
         x = latents
-    rewards = judge_images(policy.family, batch, x.flatten(0, 1)).view(len(x), -1).T
+    return judge_latents(policy.family, batch, x)
+
+
+def start_latents(batch: EncodedPrompts, cfg: ImagesConfig, rng: KeyedRNG) -> Tensor:
+    """Return pure noise [K, B, C, H, W], keyed by row."""
+    shape = (cfg.images, *batch.shape)
+    return rng.normal(batch.rows, shape, "start").to(batch.weights.device).transpose(0, 1)
+
+
+def judge_latents(family: TextToImage, batch: EncodedPrompts, x: Tensor) -> Generated:
+    """Judge the images of latents [K, B, C, H, W] in one call."""
+    rewards = judge_images(family, batch, x.flatten(0, 1)).view(len(x), -1).T
     real, differ = rewards[batch.weights > 0], informative(rewards)
     means = {"reward": real, "reward spread": real.std(1), "equal rewards": (~informative(real)).float()}
     summary = {name: float(values.mean()) if len(real) else 0.0 for name, values in means.items()}
     return Generated(x, rewards, batch.weights * differ, summary)
 
 
-def parts(number: int, cfg: GenerationConfig) -> list[slice]:
-    """Return the prompts of each contrast of one noising, of so many in a batch."""
+def parts(number: int, cfg: ImagesConfig) -> list[slice]:
+    """Return the prompts of each contrast, of so many in a batch."""
     size = cfg.prompts_per_contrast or number
     return [slice(first, first + size) for first in range(0, number, size)]
 
 
-def contrasts_of(cfg: GenerationConfig, images: int, prompts: int) -> Contrasts:
-    """Return the contrasts of a batch of prompts, of each of which so many images are learned from."""
+def contrasts_of(cfg: ImagesConfig, times: int, images: int, prompts: int) -> Contrasts:
+    """Return the contrasts of a batch of prompts, of each of which so many images are learned from so many times."""
     most = min(prompts, cfg.prompts_per_contrast or prompts)
-    return Contrasts(cfg.noisings * len(parts(prompts, cfg)), math.ceil(most * images / 2))
+    return Contrasts(times * len(parts(prompts, cfg)), math.ceil(most * images / 2))
 
 
 def noise_images(family: TextToImage, batch: EncodedPrompts, x_0: Tensor, rng: KeyedRNG, index: int) -> NoisedPairs:

@@ -27,9 +27,9 @@ from mmalign.methods.text_to_image._denoising import denoising_scores
 from mmalign.methods.text_to_image._online import (
     contrasts_of,
     generate,
+    judged_requirements,
     noise_images,
     of_batch,
-    online_requirements,
     parts,
 )
 from mmalign.policy import Policy
@@ -46,8 +46,8 @@ class Contrast:
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: prompts, a judge, and the reference of the loss."""
-    contrast_counts = partial(contrasts_of, cfg.generation, 2)
-    return replace(online_requirements(cfg), memory=pair_memory(cfg), contrasts=contrast_counts)
+    needs = judged_requirements(cfg, partial(contrasts_of, cfg.generation, cfg.generation.noisings, 2))
+    return replace(needs, memory=pair_memory(cfg))
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

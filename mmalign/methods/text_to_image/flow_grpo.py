@@ -1,0 +1,184 @@
+"""Flow-GRPO (arXiv:2505.05470; DanceGRPO, arXiv:2505.07818): policy gradients of the sampler's stochastic steps.
+
+    x_T ~ N(0, 1);  x_(t-1) ~ N(mean(x_t), sigma_t^2) of the policy under guidance          K images of a prompt
+    A = (R - mean R) / std R, clipped                                                       advantages of their rewards
+    ratio = exp(log p(x_(t-1) | x_t) - log p_old(x_(t-1) | x_t))                            means over elements
+    loss = mean_k max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)) + kl KL(policy's step || reference's)
+
+With `window` (MixGRPO, arXiv:2507.21802) only that many successive steps are stochastic and learned from; the first of
+them is drawn for each prompt. `guard` (GRPO-Guard) centres and scales the logarithm of the ratio, which becomes the
+mean of noise times change of the mean, and divides by the step's length.
+
+Flow-GRPO's release multiplies the KL divergence by the step's length (`published_kl`). For DDPM's networks a step is
+DDIM's with eta, and its length is its share of the timesteps.
+
+B prompts, K images of each, W learned steps; [KB] are the first images of all prompts, then the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.config.methods import FlowGRPOConfig as Config
+from mmalign.data.loaders.batches import EncodedPrompts
+from mmalign.diffusion.steps import Gaussian, step, timestep
+from mmalign.families.base import TextToImage
+from mmalign.families.types import Conditioning
+from mmalign.losses.advantages import advantages
+from mmalign.losses.forward_process import clipped
+from mmalign.methods import Requirements, Step
+from mmalign.methods.text_to_image._images import policy_walk, predict_guided
+from mmalign.methods.text_to_image._online import (
+    Generated,
+    by_prompt,
+    contrasts_of,
+    judge_latents,
+    judged_requirements,
+    of_batch,
+    parts,
+    start_latents,
+)
+from mmalign.policy import Policy
+from mmalign.rng import KeyedRNG
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Steps of the sampler, of [KB] images.
+
+    Attributes:
+        x_t: their starts [KB, C, H, W].
+        t: the times at the starts [KB].
+        prev: the times at the ends [KB].
+        to: their ends [KB, C, H, W].
+        cond: the conditioning [KB].
+        unconditional: the conditioning without a prompt [KB].
+    """
+
+    x_t: Tensor
+    t: Tensor
+    prev: Tensor
+    to: Tensor
+    cond: Conditioning
+    unconditional: Conditioning
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One step of each image, before the first update.
+
+    Attributes:
+        view: the steps.
+        old: the policy's distribution of each step.
+        reference: the reference's; None without a reference.
+        advantages: [B, K].
+        weights: weights of the prompts [B]; 0 if all their rewards are equal.
+        summary: means of the batch for the log.
+    """
+
+    view: Transitions
+    old: Gaussian
+    reference: Gaussian | None
+    advantages: Tensor
+    weights: Tensor
+    summary: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Path:
+    """Steps that are learned from: index of the first [B], starts, means and ends of all [W, K, B, C, H, W]."""
+
+    first: Tensor
+    starts: Tensor
+    means: Tensor
+    ends: Tensor
+
+
+def requirements(cfg: Config) -> Requirements:
+    """Return the method's needs: prompts, a judge, and a reference for `kl`."""
+    size = cfg.generation.window or cfg.generation.steps
+    return judged_requirements(cfg, partial(contrasts_of, cfg.generation, size, cfg.generation.images))
+
+
+def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
+    """Generate and judge the images of a batch, and return contrasts of their steps, from noise to image."""
+    path, generated, times = sample_path(policy, batch, cfg, rng)
+    values = advantages(generated.rewards, scale=cfg.advantages.scale, clip=cfg.advantages.clip, weights=batch.weights)
+    made, family, k = list[Contrast](), policy.family, cfg.generation.images
+    for number in range(len(path.starts)):
+        for part in parts(len(batch.rows), cfg.generation):
+            sub, index = batch[part], path.first[part] + number
+            starts, means, ends = (x[number, :, part].flatten(0, 1) for x in (path.starts, path.means, path.ends))
+            cond, unconditional = (
+                family.condition(text.repeat(k), sub.sizes.repeat(k, 1)) for text in (sub.text, sub.unconditional)
+            )
+            view = Transitions(starts, times[index].repeat(k), times[index + 1].repeat(k), ends, cond, unconditional)
+            std = step(family.schedule, starts, starts, view.t, view.prev, cfg.generation.eta).std
+            reference = policy.on_reference(partial(step_law, family, cfg, view))
+            weights = generated.weights[part]
+            made.append(Contrast(view, Gaussian(means, std), reference, values[part], weights, generated.summary))
+    return made
+
+
+def sample_path(
+    policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG
+) -> tuple[Path, Generated, Tensor]:
+    """Generate the images of a batch; return the steps to learn from, the judged images, and the sampler's times."""
+    own, device = cfg.generation, batch.weights.device
+    size = own.window or own.steps
+    first = rng.integers(batch.rows, 0, own.steps - size + 1, "window").to(device)
+    distance = torch.arange(own.steps, device=device)[:, None] - first  # [S, B]
+    stochastic = (distance >= 0) & (distance < size)
+    walk = policy_walk(
+        policy,
+        batch,
+        rng,
+        steps=own.steps,
+        guidance=own.guidance,
+        eta=own.eta,
+        stochastic=stochastic,
+        batch_size=own.batch_size,
+    )
+    x = start_latents(batch, own, rng)
+    path = Path(first, *(x.new_zeros(size, *x.shape) for _ in range(3)))
+    for index in range(own.steps):
+        law = walk.law(x, index, walk.prediction(x, index))
+        following = law.sample(walk.noise(len(x), index))
+        rows = stochastic[index].nonzero().flatten()
+        for kept, values in ((path.starts, x), (path.means, law.mean), (path.ends, following)):
+            kept[distance[index, rows], :, rows] = values[:, rows].transpose(0, 1)
+        x = following
+    return path, judge_latents(policy.family, batch, x), walk.times
+
+
+def step_law(family: TextToImage, cfg: Config, view: Transitions, net: nn.Module) -> Gaussian:
+    """Return a network's distribution of the ends of steps, under guidance."""
+    own = cfg.generation
+    prediction = predict_guided(family, net, view.x_t, view.t, view.cond, view.unconditional, own.guidance)
+    return step(family.schedule, prediction, view.x_t, view.t, view.prev, own.eta)
+
+
+def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
+    """Return the clipped loss of the steps, and their divergence from the reference's."""
+    view, number, schedule = contrast.view, len(contrast.weights), policy.family.schedule
+    law = step_law(policy.family, cfg, view, policy.model)
+    length = (timestep(schedule, view.t) - timestep(schedule, view.prev)) / schedule.num_timesteps
+    log_ratio = law.log_prob(view.to) - contrast.old.log_prob(view.to)
+    if cfg.guard:
+        log_ratio = (log_ratio + law.kl(contrast.old)) * law.std.flatten()
+    losses = clipped(by_prompt(log_ratio, number), contrast.advantages, clip=cfg.clip)
+    if cfg.guard:
+        losses = losses / by_prompt(length, number)
+    own = {"ratio beyond clip": by_prompt(((log_ratio.exp() - 1).abs() > cfg.clip).float(), number)}
+    if contrast.reference is not None:
+        kl = by_prompt(law.kl(contrast.reference), number)
+        losses = losses + cfg.kl * kl * (by_prompt(length, number) if cfg.published_kl else 1)
+        own["kl"] = kl.detach()
+    losses = losses.mean(1)
+    metrics = {"loss": losses.detach(), **{name: values.mean(1) for name, values in own.items()}}
+    return Step(losses, contrast.weights, metrics | of_batch(contrast.summary, losses))
