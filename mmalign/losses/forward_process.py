@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmalign.losses import groups
+from mmalign.losses.policy_gradient import clipped, is_clipped
 
 LEAST_ERROR = 1e-10  # of AWM's root, whose slope at 0 has no bound
 
@@ -47,24 +48,13 @@ def weighted_nft(error: Tensor, old_error: Tensor, share: Tensor, *, beta: float
 
 
 def awm(error: Tensor, old_error: Tensor, advantage: Tensor, *, clip: float | None = None) -> Tensor:
-    """Return the loss of advantage-weighted matching (arXiv:2509.25050): `clipped` with errors for log-probabilities.
+    """Return the loss of advantage-weighted matching (arXiv:2509.25050), PPO's on errors.
 
-    At a ratio of 1 its gradient is that of `mean_i A_i error_i`.
+    `mean_i max(-A_i ratio_i, -A_i clamp(ratio_i, 1 - clip, 1 + clip))` with `ratio = exp(old_error - error)`. At a
+    ratio of 1 its gradient is that of `mean_i A_i error_i`.
     """
-    return clipped(old_error - error, advantage, clip=clip).mean(1)
-
-
-def clipped(log_ratio: Tensor, advantage: Tensor, *, clip: float | None) -> Tensor:
-    """Return PPO's loss of each output [B, K], `max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip))` (arXiv:1707.06347).
-
-    Args:
-        log_ratio: logarithm of the ratio of the policy's probability to the old policy's.
-        advantage: the advantages A.
-        clip: range of the ratio; None for none.
-    """
-    ratio = log_ratio.exp()
-    losses = -advantage * ratio
-    return losses if clip is None else torch.maximum(losses, -advantage * ratio.clamp(1 - clip, 1 + clip))
+    ratio = torch.exp(old_error - error)
+    return (clipped(ratio, advantage, clip, clip) if clip is not None else -advantage * ratio).mean(1)
 
 
 def measured(error: Tensor, noise: Tensor, measure: Literal["plain", "noise", "root"]) -> Tensor:
@@ -96,8 +86,7 @@ def within_trust(error: Tensor, old_error: Tensor, advantage: Tensor, *, clip: f
     That is where `exp(old_error - error)` is above 1 + clip for a positive advantage, or below 1 - clip for a negative.
     """
     ratio = torch.exp(old_error - error.detach())
-    moved = torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip)
-    return torch.where(moved, error.detach(), error)
+    return torch.where(is_clipped(ratio, advantage, clip, clip), error.detach(), error)
 
 
 def crd(error: Tensor, old_error: Tensor, share: Tensor, *, beta: float) -> Tensor:

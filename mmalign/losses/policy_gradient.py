@@ -1,4 +1,4 @@
-"""Policy gradients on tokens, from advantages of whole responses (arXiv:2402.03300, GRPO).
+"""Policy gradients on tokens of responses and on steps of samplers, from advantages (arXiv:2402.03300, GRPO).
 
 N responses of at most R tokens each; log-probabilities are [N, R] in nats, and `mask` is true for the tokens.
 """
@@ -26,18 +26,16 @@ def ratios(logps: Tensor, old: Tensor, mask: Tensor, importance: Importance = "t
 
 
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """Return `-min(r A, clip(r, 1 - low, 1 + high) A)` [N, R] for ratios [N, R] and advantages [N].
+    """Return `-min(r A, clip(r, 1 - low, 1 + high) A)` (PPO, arXiv:1707.06347), for advantages of any shape that fits.
 
-    A token has no gradient once its ratio has left the range on the side that its advantage favours.
+    A ratio has no gradient once it has left the range on the side that its advantage favours.
     """
-    a = advantages[:, None]
-    return -torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """Return a mask [N, R] of the tokens without a gradient."""
-    a = advantages[:, None]
-    return ((ratio > 1 + high) & (a > 0)) | ((ratio < 1 - low) & (a < 0))
+    """Return a mask of the ratios without a gradient."""
+    return ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
 
 
 def k3(logps: Tensor, reference: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from mmalign.losses.policy_gradient import clipped, is_clipped, k3, ratios
 MASK = torch.tensor([[True, True, True], [True, True, False]])
 LOGPS = torch.tensor([[-1.0, -2.0, -0.5], [-0.3, -1.2, 0.0]], dtype=torch.float64)
 OLD = torch.tensor([[-1.4, -2.0, -0.4], [-0.2, -1.7, 0.0]], dtype=torch.float64)
-A = torch.tensor([2.0, -1.0], dtype=torch.float64)
+A = torch.tensor([[2.0], [-1.0]], dtype=torch.float64)
 
 
 def test_ratios_of_tokens_and_of_sequences() -> None:
@@ -41,7 +41,7 @@ def test_on_policy_the_gradient_is_that_of_the_advantage_times_log_p(importance:
     losses = clipped(ratios(logps, LOGPS, MASK, importance), A, 0.2, 0.2)  # type: ignore[arg-type]
     mean = ((losses * MASK).sum(1) / MASK.sum(1)).sum()
     (gradient,) = torch.autograd.grad(mean, logps)
-    expected = torch.where(MASK, -A[:, None] / MASK.sum(1, keepdim=True), 0)
+    expected = torch.where(MASK, -A / MASK.sum(1, keepdim=True), 0)
     torch.testing.assert_close(gradient, expected)
 
 
@@ -55,7 +55,7 @@ def test_k3_is_never_negative_and_its_mean_is_the_divergence() -> None:
 
 def trl_loss(logps: Tensor, old: Tensor, reference: Tensor, beta: float, level: str, low: float, high: float) -> Tensor:
     """The per-token loss as the lines of TRL's GRPOTrainer compute it (1.9.2, `_compute_loss`)."""
-    mask, advantages = MASK.double(), A[:, None]
+    mask, advantages = MASK.double(), A
     log_ratio = logps - old
     if level == "sequence":
         log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1)

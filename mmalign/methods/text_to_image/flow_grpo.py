@@ -30,7 +30,7 @@ from mmalign.diffusion.steps import Gaussian, step, timestep
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning
 from mmalign.losses.advantages import advantages
-from mmalign.losses.forward_process import clipped
+from mmalign.losses.policy_gradient import clipped, is_clipped
 from mmalign.methods import Requirements, Step
 from mmalign.methods.text_to_image._images import policy_walk, predict_guided
 from mmalign.methods.text_to_image._online import (
@@ -171,10 +171,11 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     log_ratio = law.log_prob(view.to) - contrast.old.log_prob(view.to)
     if cfg.guard:
         log_ratio = (log_ratio + law.kl(contrast.old)) * law.std.flatten()
-    losses = clipped(by_prompt(log_ratio, number), contrast.advantages, clip=cfg.clip)
+    ratio = by_prompt(log_ratio.exp(), number)
+    losses = clipped(ratio, contrast.advantages, cfg.clip, cfg.clip)
     if cfg.guard:
         losses = losses / by_prompt(length, number)
-    own = {"ratio beyond clip": by_prompt(((log_ratio.exp() - 1).abs() > cfg.clip).float(), number)}
+    own = {"clipped": is_clipped(ratio, contrast.advantages, cfg.clip, cfg.clip).float()}
     if contrast.reference is not None:
         kl = by_prompt(law.kl(contrast.reference), number)
         losses = losses + cfg.kl * kl * (by_prompt(length, number) if cfg.published_kl else 1)

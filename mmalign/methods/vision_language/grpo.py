@@ -78,8 +78,9 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     logps = policy.family.token_logps(policy.model, batch.tokens, batch.features)
     old = logps.detach() if contrast.old is None else contrast.old
     ratio = policy_gradient.ratios(logps, old, mask, cfg.importance)
-    losses = policy_gradient.clipped(ratio, contrast.advantages, cfg.clip_low, cfg.clip_high)
-    metrics = {"clipped": policy_gradient.is_clipped(ratio, contrast.advantages, cfg.clip_low, cfg.clip_high).float()}
+    limits = (contrast.advantages[:, None], cfg.clip_low, cfg.clip_high)
+    losses = policy_gradient.clipped(ratio, *limits)
+    metrics = {"clipped": policy_gradient.is_clipped(ratio, *limits).float()}
     if contrast.reference is not None:
         metrics["kl"] = policy_gradient.k3(logps, contrast.reference)
         losses = losses + cfg.beta * metrics["kl"]

@@ -9,7 +9,7 @@ import torch
 from mmalign.config import RewardConfig
 from mmalign.diffusion.steps import Gaussian
 from mmalign.families.base import TextToImage
-from mmalign.losses.forward_process import clipped
+from mmalign.losses.policy_gradient import clipped
 from mmalign.methods import Step, requirements_of
 from mmalign.methods.text_to_image import flow_grpo
 from mmalign.policy import Policy
@@ -50,7 +50,7 @@ def test_worked_step() -> None:
     ratio = (log_new - log_old).exp()
     expected = VALUES["grpo step log p new, old, ratio"]
     torch.testing.assert_close(torch.cat([log_new, log_old, ratio]), torch.tensor(expected), rtol=1e-5, atol=1e-6)
-    loss = clipped((log_new - log_old)[None], torch.tensor([[1.2]]), clip=1e-4)
+    loss = clipped(ratio, torch.tensor([1.2]), 1e-4, 1e-4)
     assert float(loss) == pytest.approx(VALUES["grpo step A=1.2 clip 1e-4"], rel=1e-5)
     assert float(laws[0].kl(laws[1])) == pytest.approx(VALUES["grpo gaussian kl (mean unit)"], rel=1e-5)
 
@@ -108,7 +108,7 @@ def test_guarded_ratio_is_noise_times_the_change_of_the_mean(sd: TextToImage) ->
         noise = (contrast.view.to - contrast.old.mean) / contrast.old.std
         log_ratio = (noise * (law.mean - contrast.old.mean)).mean((1, 2, 3)).view(3, 3).T
         length = (contrast.view.t - contrast.view.prev).view(3, 3).T / 1000
-        losses = (clipped(log_ratio, contrast.advantages, clip=0.999) / length).mean(1)
+        losses = (clipped(log_ratio.exp(), contrast.advantages, 0.999, 0.999) / length).mean(1)
         torch.testing.assert_close(flow_grpo.loss(policy, contrast, cfg).losses, losses, rtol=1e-3, atol=1e-3)
     assert not math.isclose(float(log_ratio.abs().max()), 0.0, abs_tol=1e-4)
 
