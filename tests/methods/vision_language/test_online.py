@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmalign import methods
+from mmalign.commands.load_recipe import load_recipe
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.loaders.loader import Loader
@@ -19,6 +20,7 @@ from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
 from mmalign.methods.vision_language import dpo, grpo, online_dpo, raft
 from mmalign.methods.vision_language._online import answer
+from mmalign.modalities import modality_of
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
@@ -264,6 +266,19 @@ def content(vlm_folders: Folders, questions: Path, tmp_path: Path, monkeypatch: 
 
 def test_a_stopped_run_resumes_between_generations(content: dict[str, Any]) -> None:
     assert_resumes(content)
+
+
+def test_prompts_are_shown_and_planned_as_they_will_be_used(llava: VisionLanguage, content: dict[str, Any]) -> None:
+    recipe = load_recipe(content)
+    needs, modality = methods.requirements_of(recipe.method), modality_of(recipe)
+    splits = modality.open_pairs(recipe, needs)
+    view = modality.show(recipe, splits, 2)
+    assert len(view.facts) == 1 and [side.name for side in view.examples[0].sides] == ["prompt"]
+    assert modality.encode_example is not None
+    for given in (splits, None):
+        example = modality.encode_example(llava, recipe, needs, given)
+        tokens = example.batch(2).tokens
+        assert len(tokens) == 4 and (tokens.num_tokens >= needs.new_tokens).all()
 
 
 @pytest.mark.parametrize(
