@@ -219,7 +219,7 @@ def begin(path: str) -> Parts:
     try:
         parts = _clip_files.load_start(path)
     except ValueError as error:
-        raise ValueError(f"{error}, a step judge {WEIGHTS}") from error
+        raise ValueError(f"{error}; a step judge would have {WEIGHTS}") from error
     return Parts(_conditioned(path, parts.model), parts.preprocess, parts.tokenize, parts.config)
 
 
