@@ -60,7 +60,8 @@ class AfterUpdate:
         # A balanced epoch has rows several times; generated images are always new
         is_fresh = (progress.epoch == 0 and self.needs.liked_share is None) or self.needs.generates
         self.reporter.update(progress.step, metrics, is_fresh=is_fresh)
-        if verdict.REWARD in metrics and progress.step <= min(NUM_FIRST, self.recipe.train.steps // 2):
+        num_first = min(NUM_FIRST, math.ceil(self.recipe.train.steps / 2))
+        if verdict.REWARD in metrics and progress.step <= num_first:
             self.reporter.start.setdefault(verdict.REWARD, []).append(float(metrics[verdict.REWARD]))
         if self.sampler is not None:
             self.sampler(progress.step)

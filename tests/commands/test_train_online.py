@@ -65,6 +65,13 @@ def test_a_text_file_and_a_function_make_an_adapter(commands: Commands, tiny_sdx
 
 
 @pytest.mark.slow
+def test_a_run_of_one_update_has_a_verdict(commands: Commands, tiny_sdxl: Path) -> None:
+    content = load_recipe("text_to_image/diffusion_online_dpo_sdxl_lora").model_dump()
+    out = commands("train", content, *shipped(tiny_sdxl), "train.steps=1")
+    assert "the reward of generated outputs did not change" in out
+
+
+@pytest.mark.slow
 def test_a_judge_of_one_number_stops_the_run(commands: Commands, tiny_sdxl: Path) -> None:
     Path("my_constant.py").write_text("def score(images, prompts):\n    return [0.5] * len(images)\n")
     content = load_recipe("text_to_image/diffusion_online_dpo_sdxl_lora").model_dump()
