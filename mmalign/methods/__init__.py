@@ -95,6 +95,7 @@ class Requirements:
         new_tokens: most tokens that the method adds to a prompt; prompts that leave no room for them are skipped.
         reward: the judge of a batch's images, or of responses that the policy generates.
         combine: the combination of several judges.
+        judges_groups: a call of the judge has all images of its prompts, so that it may compare them.
         reward_key: the judge's key in a recipe.
         precompute: tensors to compute once per pair and draw; None for none.
         memory: numbers of the run's past that the loss reads; None for none.
@@ -120,6 +121,7 @@ class Requirements:
     new_tokens: int = 0
     reward: Rewards | None = None
     combine: Combine = "sum"
+    judges_groups: bool = False
     reward_key: str = "method.reward"
     precompute: PrecomputeSpec | None = None
     memory: Memory | None = None

@@ -253,7 +253,7 @@ def check_method_judge(recipe: Recipe) -> None:
     is_of_responses = isinstance(recipe.data, ResponseData)  # a call then has all responses to a question
     check_reward_model(needs.reward_key, needs.reward, responses=is_of_responses, truths=needs.generates)
     comparing = comparing_judges(needs.reward)
-    if comparing and not is_of_responses:
+    if comparing and not (is_of_responses or needs.judges_groups):
         raise ValueError(
             f"{needs.reward_key}: {comparing[0]} compares the images of a prompt, and "
             f"method.name: {recipe.method.name} judges them batch by batch; use a judge that scores each image alone, "

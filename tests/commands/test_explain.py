@@ -29,7 +29,7 @@ def test_optional_choices_are_named() -> None:
 def test_methods_with_other_defaults_are_named() -> None:
     lines = explain("method.beta")
     assert "method.beta (spo): number, > 0; default 10.0" in lines
-    assert "method.beta (bdhs, dpo, mdpo, povid, realign): number, > 0; default 0.1" in lines
+    assert "method.beta (bdhs, dpo, mdpo, online_dpo, povid, realign): number, > 0; default 0.1" in lines
 
 
 def test_choices_are_listed_with_their_own_keys() -> None:

@@ -76,6 +76,8 @@ def test_a_judge_of_pairs_is_refused_where_images_come_in_batches() -> None:
     recipe = load_recipe("text_to_image/spo_tiny_sd", ["method.reward={name: vlm_pairs, path: models/tiny_llava}"])
     with pytest.raises(ValueError, match=r"method\.reward: vlm_pairs compares the images .* method\.name: spo"):
         check_method_judge(recipe)
+    whole = load_recipe("text_to_image/nft_tiny_sd", ["method.reward={name: vlm_pairs, path: models/tiny_llava}"])
+    check_method_judge(whole)  # all images of a prompt come together
 
 
 def test_a_judge_of_images_is_refused_for_responses() -> None:

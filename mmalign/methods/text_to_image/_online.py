@@ -109,6 +109,7 @@ def judged_requirements(cfg: JudgedConfig, contrasts: Callable[[int], Contrasts]
         contrasts=contrasts,
         reward=cfg.reward,
         combine=cfg.combine,
+        judges_groups=True,
         hint_if_empty=EQUAL_REWARDS,
     )
 
