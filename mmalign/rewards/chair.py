@@ -4,8 +4,8 @@
     yes or no:     1 if the response says what the true answer says, else 0
 
 A row's objects are those that its true answer mentions: a list of names, or a description. Every mention of another
-object is invented, as in CHAIR (arXiv:1809.02156). A description of all objects and no other scores 1. `path` is the
-vocabulary: refined or published (MSCOCO), crowds, or a JSON file. It judges no images.
+object is invented, as in CHAIR (arXiv:1809.02156); thoughts are not read. A description of all objects and no other
+scores 1. `path` is the vocabulary: refined or published (MSCOCO), crowds, or a JSON file. It judges no images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmalign.language.objects import Vocabulary
 from mmalign.language.vocabularies import load_vocabulary
-from mmalign.language.yes_no import parse_strict
+from mmalign.language.yes_no import final_answer, parse_strict
 from mmalign.rewards import JudgeConfig, ResponseJudge, Truths
 
 _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
@@ -79,6 +79,6 @@ def reward(response: str, truth: Sequence[str], vocabulary: Vocabulary, penalty:
     if verdict is not None:
         return float(parse_strict(response) is (verdict[1].lower() == "yes"))
     objects = {mention.object for text in truth for mention in vocabulary.mentions(text)}
-    named = [mention.object for mention in vocabulary.mentions(response)]
+    named = [mention.object for mention in vocabulary.mentions(final_answer(response))]
     invented = sum(name not in objects for name in named)
     return (len(objects & {*named}) - penalty * invented) / max(len(objects), 1)

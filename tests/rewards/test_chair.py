@@ -24,6 +24,7 @@ TRUTH = ["There is a blue star. There is a yellow cross."]
         ("A red circle, a red circle.", TRUTH, 1.0, -1.0),  # every invented mention counts
         ("A yellow cross and a red circle.", TRUTH, 0.25, 0.375),
         ("", TRUTH, 1.0, 0.0),
+        ("<think>A red circle?</think>A blue star.", TRUTH, 1.0, 0.5),
         ("A blue star.", ["blue star", "yellow cross"], 1.0, 0.5),  # a list of names
         ("A blue star.", ["nothing"], 1.0, -1.0),
         ("Yes, there is.", ["Yes."], 1.0, 1.0),
