@@ -110,6 +110,12 @@ class DiffusionOnlineDPOConfig(DenoisingMethodConfig, OnlineConfig):
         2000.0, gt=0, description="in units of -1/2 mean squared error; Flow-Factory takes 100 for Stable Diffusion 3.5"
     )
 
+    @model_validator(mode="after")
+    def _judged_by_no_person(self) -> DiffusionOnlineDPOConfig:
+        if self.label_noise is not None and self.label_noise.annotators:
+            raise ValueError("label_noise.annotators: a judge orders the generated images; leave it out")
+        return self
+
 
 class NFTConfig(AdvantageMethodConfig):
     """Hyper-parameters; beta and kl are the release's."""

@@ -186,3 +186,9 @@ def test_a_reference_is_loaded_for_what_reads_it() -> None:
     free = {"awm": {"kl": 0.0}, "crd": {"kl": 0.0, "least_kl": 0.0}, "nft": {"kl": 0.0}}
     free["diffusion_online_dpo"] = {"loss": "simpo"}  # type: ignore[dict-item]
     assert not any(methods.requirements_of(config(name, **options)).reference for name, options in free.items())
+
+
+def test_annotators_of_generated_images_are_refused() -> None:
+    assert methods.requirements_of(config("diffusion_online_dpo", label_noise={})).memory is not None
+    with pytest.raises(ValueError, match="a judge orders the generated images; leave it out"):
+        config("diffusion_online_dpo", label_noise={"annotators": {"ann": 0.1}})
