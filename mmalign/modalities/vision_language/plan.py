@@ -18,6 +18,7 @@ from mmalign.data.loaders.response_pairs import ResponseExample, ResponsePairRea
 from mmalign.data.pairs import ImageRef, ResponsePair
 from mmalign.families.base import VisionLanguage
 from mmalign.language.chat import Turn
+from mmalign.language.tokens import cut_tail
 from mmalign.methods import Requirements
 from mmalign.modalities import Example, loading
 
@@ -43,6 +44,8 @@ def encode_example(family: VisionLanguage, recipe: Recipe, needs: Requirements, 
     examples = [(pair, example) for pair, example in read if isinstance(example, ResponseExample)]
     if not examples:
         raise ValueError(f"data.path: none of {len(read)} pairs can be read; `mmalign doctor` names the reasons")
+    if needs.generates:  # a word may be several tokens
+        examples = [(pair, _cut(example, needs.new_tokens)) for pair, example in examples]
     examples.sort(key=lambda item: -_length(item[1]))
 
     def batch(size: int) -> EncodedResponses:
@@ -60,6 +63,11 @@ def encode_example(family: VisionLanguage, recipe: Recipe, needs: Requirements, 
         caches["features"] = int(number * each * sum(len(view.ids) for view in views) / len(examples))
     leaving = [name for name, _ in family.encoders()] if cached and not needs.vision_tower else []
     return Example(batch, caches, leaving, f"rows of {_length(examples[0][1]):,} tokens")
+
+
+def _cut(example: ResponseExample, number: int) -> ResponseExample:
+    """Return the example with responses of at most so many tokens."""
+    return replace(example, responses=[cut_tail(row, row.start + number) for row in example.responses])
 
 
 def _length(example: ResponseExample) -> int:
