@@ -140,6 +140,11 @@ class Corpus:
     tied: Sequence[str]
     inputs: RecipeInputs
 
+    @property
+    def compared(self) -> list[Case]:
+        """The cases with two sides or more, without single outputs and prompts alone."""
+        return [case for case in self.cases if len(_outputs(case.pair)) > 1]
+
 
 def survey(sources: Sequence[tuple[str, Pairs[Any]]], inputs: RecipeInputs) -> Corpus:
     """Read all pairs and decode all images of some sources, given with the names of their splits.
@@ -181,6 +186,10 @@ def _kind(row: ImagePair | ResponsePair | PromptRow) -> Kind:
     if isinstance(row, PromptRow):
         return "prompts"
     return "image pairs" if isinstance(row, ImagePair) else "response pairs"
+
+
+def _outputs(pair: ImagePair | ResponsePair) -> Sequence[object]:
+    return pair.outputs if isinstance(pair, ImagePair) else pair.responses
 
 
 def _image_prompts(row: ImagePair | ResponsePair | PromptRow) -> list[str]:

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 
 from mmalign.data.pairs import ImagePair, ImageRef, ResponsePair
-from mmalign.doctor.checks.preferences import contradictions, cycles
+from mmalign.doctor.checks.preferences import contradictions, cycles, identical, near_identical
 from mmalign.doctor.checks.sizes import length_bias
 from mmalign.doctor.corpus import Case, Corpus, NotChecked, RecipeInputs, Side, examine, nearly_same_text, normalize
 from mmalign.language.chat import Turn
@@ -104,6 +104,13 @@ def test_length_bias_needs_a_clear_majority() -> None:
 def test_a_response_alone_has_no_length_to_compare() -> None:
     alone = corpus(*[("a long text", "")] * 20)
     assert length_bias(alone) == NotChecked("0 groups of pairs are too few; 10 are needed")
+
+
+@pytest.mark.parametrize(("responses", "number"), [(("", ""), 0), (("yes", ""), 0), (("yes", "yes"), 1)])
+def test_prompts_and_single_outputs_have_no_equal_sides(responses: tuple[str, str], number: int) -> None:
+    rows = corpus(responses)
+    assert len(identical(rows)) == number
+    assert not near_identical(rows) and not contradictions(rows)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

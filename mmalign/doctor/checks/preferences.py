@@ -16,14 +16,14 @@ Edges = dict[tuple[Node, Node], list[Case]]  # cases that prefer the first side 
 
 def identical(corpus: Corpus) -> list[Place]:
     """Return the pairs whose sides have the same image bytes and the same text."""
-    same = [case for case in corpus.cases if _equal(case)]
+    same = [case for case in corpus.compared if _equal(case)]
     return [*skipped(corpus, "same sides"), *(place(case, "both sides are the same") for case in same)]
 
 
 def near_identical(corpus: Corpus) -> list[Place]:
     """Return the other pairs whose sides differ by compression, scaling, case, punctuation or slips of the pen."""
     places = []
-    for case in corpus.cases:
+    for case in corpus.compared:
         if case.same_pictures and nearly_same_text(case.chosen.text, case.rejected.text) and not _equal(case):
             differing = "images" if case.chosen.images != case.rejected.images else "responses"
             places.append(place(case, f"the {differing} are nearly the same"))
@@ -67,7 +67,7 @@ def _equal(case: Case) -> bool:
 def _preferences(corpus: Corpus) -> Mapping[str, Edges]:
     """Return the preferences of every prompt."""
     graphs: dict[str, Edges] = defaultdict(lambda: defaultdict(list))
-    for case in corpus.cases:
+    for case in corpus.compared:
         if case.chosen.identity != case.rejected.identity:
             graphs[normalize(case.prompt)][case.chosen.identity, case.rejected.identity].append(case)
     return graphs
