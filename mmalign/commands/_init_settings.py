@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.commands.load_recipe import read_content
+from mmalign.config.methods import find_method
 from mmalign.resources import bundled_recipes
 
 # The end of a shipped recipe's name, by the file of a pipeline's family or the type of a vision-language model. Models
@@ -46,6 +47,11 @@ OWN = {
     "smolvlm",
 }
 USUAL = {"text_to_image": ("diffusion_dpo", "sd35m"), "vision_language": ("dpo", "llava15")}  # method and model
+# A judge for methods that need one: PickScore, or a vision-language model that is asked about each answer
+JUDGES = {
+    "text_to_image": {"name": "transformers_clip", "path": "yuvalkirstain/PickScore_v1"},
+    "vision_language": {"name": "vlm", "path": "Qwen/Qwen2.5-VL-7B-Instruct"},
+}
 REASONS = "# Why these values:"
 
 
@@ -97,6 +103,12 @@ def find_settings(modality: str, family: str, method: str) -> Settings:
             "rate may not suit it"
         )
         sections["method"] = _method_section(method, recipes)
+        reward = find_method(method)[1].model_fields.get("reward")
+        if reward is not None and reward.is_required() and "reward" not in sections["method"]:
+            sections["method"]["reward"] = dict(JUDGES[modality])
+            unknown.append(
+                f"the judge: {JUDGES[modality]['path']} is a first guess; docs/judges.md has the other kinds"
+            )
     # Not the shipped recipe's data, nor an autoencoder that a fine-tuned model may not fit
     if "vae" in sections["model"]:
         del sections["model"]["vae"], sections["model"]["vae_dtype"]

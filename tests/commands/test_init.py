@@ -192,6 +192,8 @@ def test_every_family_and_method_has_settings() -> None:
                 tree = {"model": {"path": "x"} | settings.model, "data": {"path": "x"} | settings.data, "output": "x"}
                 tree |= {"method": settings.method, "train": settings.train}
                 assert load_recipe(tree).method.name == name
+                is_guessed = "the judge: " in " ".join(settings.unknown)
+                assert is_guessed == (name in ("awm", "nft", "dgpo", "crd", "flow_grpo", "online_dpo", "grpo", "raft"))
 
 
 @pytest.mark.parametrize(("peak", "fits"), [(0.5, True), (0.95, False)])

@@ -230,11 +230,11 @@ def test_model_of_other_modality_is_refused_early(
     assert "has no model_index.json; expected the folder of a diffusers pipeline" in refused(images)
 
 
-def test_what_only_draws_pictures_says_so(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
-    """A judge compares pictures, and what is made of pictures is made by drawing."""
+def test_what_is_for_images_alone_says_so(vlm_folders: Folders, rows: Path, tmp_path: Path) -> None:
+    """Judges of images, and settings of their generation."""
     content = recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out")
-    judged = refused(content, "evaluate={benchmark: crowds, reward: {path: models/tiny_clip}}")
-    assert judged.startswith("recipe: evaluate has no 'reward'; it has benchmark")
+    judged = refused(content, "method={name: online_dpo, reward: {path: models/tiny_clip}}")
+    assert judged.startswith("reward: open_clip judges images; for responses use one of chair, function, http, vlm")
     drawn = refused(content, "prepare={kind: bdhs, source: {path: x}, images_per_prompt: 4}")
     assert drawn.startswith("recipe: prepare has no 'images_per_prompt'; it has")
 
