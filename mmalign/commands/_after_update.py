@@ -124,12 +124,9 @@ class AfterUpdate:
             )
 
     def _verdict(self, values: Values) -> str:
-        """Return the verdict, with what the method's memory says and the share of the time for generated images."""
+        """Return the verdict, with what the memory says; a resumed run has the same as an uninterrupted one."""
         memory = self.needs.memory.describe(self.run.policy.memory) if self.needs.memory is not None else ""
-        progress, share = self.run.progress, ""
-        if self.needs.generates and progress.seconds > 0:
-            share = f"generation and rewards: {progress.contrast_seconds / progress.seconds:.0%} of the time"
-        return "; ".join(filter(None, (verdict.judge(self._evidence(values)), memory, share)))
+        return "; ".join(filter(None, (verdict.judge(self._evidence(values)), memory)))
 
     def _evidence(self, values: Values) -> verdict.Evidence:
         """Return the evidence of a verdict, with the values after the last update.

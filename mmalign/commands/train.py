@@ -167,8 +167,11 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
 
 def _result(recipe: Recipe, run: TrainingRun, reporter: Reporter, started: float) -> Trained:
     """Log the verdict, where the weights are, how other programs load them and the next command; return the result."""
-    folder = Path(recipe.output) / "model"
+    folder, progress = Path(recipe.output) / "model", run.progress
     logger.info(f"{recipe.method.name}: {reporter.verdict}")
+    if methods.requirements_of(recipe.method).generates and progress.seconds > 0:
+        share = progress.contrast_seconds / progress.seconds
+        logger.info(f"generation and rewards: {share:.0%} of the {progress.seconds:.0f} s of the updates")
     hint = modality_of(recipe).loading_hint(recipe.model.tune, folder, "")
     logger.info(f"{folder}: the trained model; load it with {hint}")
     if recipe.evaluate is not None:

@@ -129,6 +129,9 @@ TEXT_TO_IMAGE = {
     "cca": _image(FULL, name="cca"),
     "instruct_engine": _image(FULL, "contrast.parquet", name="instruct_engine"),
     "spo": _image(FULL, name="spo", steps=6, start=2, threshold=0.0),
+    "diffusion_online_dpo": _image(
+        LORA, name="diffusion_online_dpo", reward=JUDGE, generation={"images": 2, "steps": 2, "noisings": 2}
+    ),
     "step_preference": Case(_step_preference),
     "prepare": _prepared_images(),
     "prepare, prompt pairs": _prepared_images(prompt_pairs=True),
@@ -137,6 +140,12 @@ VISION_LANGUAGE = {
     "dpo": replace(_response(FULL, name="dpo"), commands=ALL),
     "dpo, lora": replace(_response(LORA, name="dpo"), commands=CACHED),
     "rlhfv": _response(LORA, name="rlhfv"),
+    "grpo": _response(
+        FULL,
+        name="grpo",
+        reward={"name": "function", "path": "tests.helpers.judging:letters"},
+        generation={"answers": 2, "max_new_tokens": 4, "updates": 2},
+    ),
     "mdpo": _response(LORA, name="mdpo"),
     "povid": _response(LORA, name="povid"),
     "realign": _response(FULL, "realign", name="realign"),

@@ -22,6 +22,7 @@ from tests.fault_injection.cases import Case, Content
 from tests.fault_injection.killing import KINDS, Kill, moment, run
 
 CACHE = "cache"  # its shards have random names, and other rows after a kill
+DURATIONS = {"seconds", "contrast_seconds"}  # in state.pt
 SECONDS = re.compile(rb'"seconds": [0-9.e-]+')
 MORE_KILLS = 0.5  # probability that a continued command is killed again
 WEIGHT = {"train": 3}  # of a command among those that a kill is drawn from
@@ -117,9 +118,9 @@ def _digest(path: Path) -> str:
 
 
 def _add(digest: Any, value: Any) -> None:
-    """Add a tree of tensors and plain values to a hash, but for the duration."""
+    """Add a tree of tensors and plain values to a hash, but for durations."""
     if isinstance(value, dict):
-        for key in sorted(value.keys() - {"seconds"}, key=str):
+        for key in sorted(value.keys() - DURATIONS, key=str):
             digest.update(str(key).encode())
             _add(digest, value[key])
     elif isinstance(value, list | tuple):
