@@ -1,11 +1,8 @@
 """Preparation and evaluation on two processes of this machine's CPU: the bytes that one process writes."""
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import pytest
 from mmalign.commands import evaluate, prepare, train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.training.processes import Processes, connect_processes, current_processes
-from tests.helpers import Folders, data_files, recipes
+from tests.helpers import Folders, data_files, forked, recipes
 
 Content = dict[str, Any]
 
@@ -26,20 +23,16 @@ def launch(folder: Path, command: str, content: Content) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    logs = [folder / f"{command}-{rank}.log" for rank in range(2)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "mmalign", command, str(recipe)],
-            env={**os.environ, **shared, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
+        forked.command(command, str(recipe), log=log, **rank, **place)
+        for log, rank in zip(logs, forked.ranks(2), strict=True)
     ]
-    texts = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
+    for process in processes:
+        process.join(300)
+    texts = [log.read_text() for log in logs]
+    assert [process.exitcode for process in processes] == [0, 0], "\n".join(texts)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -61,6 +54,7 @@ def test_pieces_are_dealt_out_once() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("processes")  # one server forks them
 def test_two_processes_prepare_and_evaluate_as_one(vlm_folders: Folders, tmp_path: Path) -> None:
     rows = data_files.response_pairs(tmp_path / "rows", layout="trl")
     section = {"kind": "own", "keep_torn": True, "save_every": 2, "source": {"format": "trl", "path": str(rows)}}
@@ -83,6 +77,7 @@ def test_two_processes_prepare_and_evaluate_as_one(vlm_folders: Folders, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("processes")  # one server forks them
 def test_two_processes_generate_images_as_one(tiny_sd15: Path, tmp_path: Path) -> None:
     section = {
         "prompts": 3,
