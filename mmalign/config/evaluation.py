@@ -232,11 +232,10 @@ class EvaluateResponses(Evaluate):
     def _fits(self) -> EvaluateResponses:
         # Options that the benchmark does not read
         takes = {"benchmark", "seed", *_TAKES[self.benchmark]}
-        for name, field in type(self).model_fields.items():
-            if name not in takes and getattr(self, name) != field.default:
-                raise ValueError(
-                    f"benchmark {self.benchmark} takes no {name!r} but {', '.join(sorted(takes))}; leave it out"
-                )
+        for name in self.model_dump(exclude=takes, exclude_defaults=True):
+            raise ValueError(
+                f"benchmark {self.benchmark} takes no {name!r} but {', '.join(sorted(takes))}; leave it out"
+            )
         check_combine(self.reward, self.combine)
         if self.answers is not None and (self.reward is not None or self.best_of is not None):
             raise ValueError("answers are scored without a model; leave reward and best_of out, or answers")

@@ -143,9 +143,9 @@ class PrepareResponses(Prepare):
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> PrepareResponses:
-        for name in ("bdhs", "realign", "povid", "own"):
-            if name != self.kind and getattr(self, name) is not None:
-                raise ValueError(f"kind {self.kind} takes no section {name!r}; leave it out")
+        others = {"bdhs", "realign", "povid", "own"} - {self.kind}
+        for name in self.model_dump(include=others, exclude_none=True):
+            raise ValueError(f"kind {self.kind} takes no section {name!r}; leave it out")
         if self.kind == "realign" and self.realign is None:
             raise ValueError("kind realign needs a model that compares images; add realign.retriever")
         return self

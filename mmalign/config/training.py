@@ -161,9 +161,9 @@ class ImageJudgeModel(Model):
             raise ValueError(
                 "head: linear trains the last layers of pretrained towers; leave out head, or tune and weights"
             )
-        for name in ("revision", "variant", "family", "quantize", "adapter"):
-            if (value := getattr(self, name)) is not None:
-                raise ValueError(f"{name}: {value!r} does not apply to a judge of images; leave it out")
+        others = {"revision", "variant", "family", "quantize", "adapter"}
+        for name, value in self.model_dump(include=others, exclude_none=True).items():
+            raise ValueError(f"{name}: {value!r} does not apply to a judge of images; leave it out")
         return self
 
 

@@ -9,13 +9,12 @@ the widths of features and vectors.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,7 @@ from mmalign.rewards.open_clip import ClipParts, TextFeatures
 
 if TYPE_CHECKING:
     from open_clip import CLIP
+    from open_clip.transformer import TextTransformer, VisionTransformer
     from peft import LoraConfig
 
 NOT_COMPILED = "train.compile: not supported for judges of images; leave it out"
@@ -56,22 +56,36 @@ class ClipScorer(nn.Module):
             images: preprocessed images [N, 3, S, S], or features of them [N, D].
             text: tokens of the prompts [M, L], or features of them [M, D].
         """
-        image = self._project(images, 0) if images.dim() == 2 else self.clip.encode_image(images, normalize=True)
-        prompt = self._project(text, 1) if text.is_floating_point() else self.clip.encode_text(text, normalize=True)
+        if images.dim() == 2:  # features
+            vision, words = self._towers
+            last = words.text_projection
+            image = F.normalize(images @ vision.proj, dim=-1)
+            prompt = F.normalize(last(text) if isinstance(last, nn.Linear) else text @ last, dim=-1)
+        else:
+            image = self.clip.encode_image(images, normalize=True)
+            prompt = self.clip.encode_text(text, normalize=True)
         cosine: Tensor = (image.float() * prompt.float().repeat(len(image) // len(prompt), 1)).sum(-1)
         scale: Tensor = self.clip.logit_scale.float().exp()
         return scale * cosine
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return the features [N, D] of images [N, 3, S, S], before the last linear layer."""
-        with _without_projection(*self._projections[0]):
+        vision, _ = self._towers
+        layer, vision.proj = vision.proj, None  # open_clip applies no layer where it is None
+        try:
             features: Tensor = self.clip.encode_image(images)
+        finally:
+            vision.proj = layer
         return features
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """Return the features [M, D] of tokens [M, L], before the last linear layer."""
-        with _without_projection(*self._projections[1]):
+        _, text = self._towers
+        layer, text.text_projection = text.text_projection, None
+        try:
             features: Tensor = self.clip.encode_text(tokens)
+        finally:
+            text.text_projection = layer
         return features
 
     def head(self) -> list[nn.Parameter]:
@@ -80,7 +94,9 @@ class ClipScorer(nn.Module):
         Raises:
             ValueError: a tower has no such layer.
         """
-        return [*(p for place in self._projections for p in _weights(*place)), self.clip.logit_scale]
+        vision, text = self._towers
+        last = text.text_projection
+        return [vision.proj, *(last.parameters() if isinstance(last, nn.Linear) else [last]), self.clip.logit_scale]
 
     def add_adapter(self, config: LoraConfig) -> None:
         """Add adapters, as networks of diffusers and transformers do."""
@@ -89,8 +105,12 @@ class ClipScorer(nn.Module):
         inject_adapter_in_model(config, self, adapter_name=lora.TRAINED)
 
     @property
-    def _projections(self) -> tuple[tuple[nn.Module, str], tuple[nn.Module, str]]:
-        """The modules with the last linear layer of the vision tower and of the text tower, and its name in each."""
+    def _towers(self) -> tuple[VisionTransformer, CLIP | TextTransformer]:
+        """The towers for images and for text, each of which ends in a linear layer.
+
+        Raises:
+            ValueError: they do not.
+        """
         from open_clip import CLIP, CustomTextCLIP
         from open_clip.transformer import TextTransformer, VisionTransformer
 
@@ -101,29 +121,7 @@ class ClipScorer(nn.Module):
                 f"model.head: the towers {type(vision).__name__} and {type(text).__name__} end in no linear layer that "
                 "is known; leave head out, or use tune: lora"
             )
-        return (vision, "proj"), (text, "text_projection")
-
-    def _project(self, features: Tensor, tower: int) -> Tensor:
-        """Return unit vectors [N, E] of features [N, D]."""
-        module, name = self._projections[tower]
-        layer: Any = getattr(module, name)
-        return F.normalize(layer(features) if isinstance(layer, nn.Linear) else features @ layer, dim=-1)
-
-
-@contextlib.contextmanager
-def _without_projection(module: nn.Module, name: str) -> Iterator[None]:
-    """Have a tower return its features: open_clip applies no layer where it is None."""
-    layer = getattr(module, name)
-    setattr(module, name, None)
-    try:
-        yield
-    finally:
-        setattr(module, name, layer)
-
-
-def _weights(module: nn.Module, name: str) -> list[nn.Parameter]:
-    layer: nn.Linear | nn.Parameter = getattr(module, name)
-    return list(layer.parameters()) if isinstance(layer, nn.Linear) else [layer]
+        return vision, text
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from mmalign.training.processes import current_processes
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-UNREAD = ("resolution", "fit", "crop", "flip")  # settings of `data`: a judge has its own preprocessing
+UNREAD = {"resolution", "fit", "crop", "flip"}  # settings of `data`: a judge has its own preprocessing
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -53,8 +53,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.train.compile:
         raise ValueError(NOT_COMPILED)
     check.check_packing(recipe)
-    data = recipe.data
-    given = [name for name in UNREAD if getattr(data, name) != type(data).model_fields[name].default]
+    given = list(recipe.data.model_dump(include=UNREAD, exclude_defaults=True))
     if given:
         raise ValueError(
             f"data.{given[0]}: means nothing here: a judge's own preprocessing scales and cuts images; leave "

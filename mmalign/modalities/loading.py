@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from mmalign.training.processes import current_processes
 logger = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Family)
+J = TypeVar("J")
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -180,13 +181,13 @@ def build_reward_model(
     Raises:
         ValueError: a reward model cannot be loaded.
     """
-    disable_progress_bars()
-    configs, models = reward_models(reward), list[RewardModel]()
-    for config in configs:
+
+    def load(config: RewardConfig) -> RewardModel:
         model = load_reward_model(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
         cache = _score_cache(config, scores)
-        models.append(model if cache is None else CachedJudge(model, cache))
-    return models[0] if len(models) == 1 else combined(models, _combination(configs, combine))
+        return model if cache is None else CachedJudge(model, cache)
+
+    return _build(reward, load, combined, combine)
 
 
 def build_response_judge(
@@ -198,13 +199,26 @@ def build_response_judge(
     scores: Path | None = None,
 ) -> ResponseJudge:
     """Load the recipe's judge of responses, or several as one; arguments and errors of `build_reward_model`."""
-    disable_progress_bars()
-    configs, judges = reward_models(reward), list[ResponseJudge]()
-    for config in configs:
+
+    def load(config: RewardConfig) -> ResponseJudge:
         judge = load_response_judge(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
         cache = _score_cache(config, scores)
-        judges.append(judge if cache is None else CachedResponseJudge(judge, cache))
-    return judges[0] if len(judges) == 1 else combined_responses(judges, _combination(configs, combine))
+        return judge if cache is None else CachedResponseJudge(judge, cache)
+
+    return _build(reward, load, combined_responses, combine)
+
+
+def _build(
+    reward: Rewards,
+    load: Callable[[RewardConfig], J],
+    join: Callable[[Sequence[J], Combination], J],
+    combine: Combine,
+) -> J:
+    """Load one judge, or join several."""
+    disable_progress_bars()
+    configs = reward_models(reward)
+    judges = [load(config) for config in configs]
+    return judges[0] if len(judges) == 1 else join(judges, _combination(configs, combine))
 
 
 def _combination(configs: Sequence[WeightedReward], combine: Combine) -> Combination:

@@ -74,7 +74,7 @@ def test_nft_is_the_published_loss_without_weighting(beta: float) -> None:
 
 
 def test_on_policy_nft_and_awm_have_the_advantage_s_gradient() -> None:
-    """Where the policy is the old one: the gradient of the mean of advantage times error."""
+    """At the old policy both gradients are that of the mean of advantage times error."""
     expected = gradient(lambda v: (ADVANTAGE * error(v)).mean(1), OLD)
     close(gradient(lambda v: forward_process.awm(error(v), error(OLD), ADVANTAGE), OLD), expected)
     clipped = partial(forward_process.awm, old_error=error(OLD), advantage=ADVANTAGE, clip=0.1)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mmalign.config.base import Choice, MethodConfig, Section
+from mmalign.config.evaluation import Combine, Rewards, check_combine
 from mmalign.config.judged_losses import GroupLossConfig, KTOLossConfig, PlackettLuceLossConfig, UnpairedLossConfig
 from mmalign.config.losses import DPOLossConfig, LossSum, LossTerm, PairLossConfig
 
@@ -45,6 +46,18 @@ class AutoBetaConfig(Section):
 
     gradient_factor: float = Field(0.2, gt=0, lt=0.5, description="sigma(-|z|) at the mean size of a logit")
     decay: float = Field(0.9, ge=0, lt=1, description="share of the past in the average size of a margin")
+
+
+class JudgedMethodConfig(MethodConfig):
+    """Judge of a method that generates what it learns from."""
+
+    reward: Rewards = Field(description="judge of what the policy generates, or a list of several")
+    combine: Combine = "sum"
+
+    @model_validator(mode="after")
+    def _combined(self) -> JudgedMethodConfig:
+        check_combine(self.reward, self.combine)
+        return self
 
 
 class PairMethodConfig(MethodConfig):

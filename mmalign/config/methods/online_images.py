@@ -6,9 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mmalign.config.base import MethodConfig, Section
-from mmalign.config.evaluation import Combine, Rewards, check_combine
-from mmalign.config.methods._shared import DenoisingMethodConfig
+from mmalign.config.base import Section
+from mmalign.config.methods._shared import DenoisingMethodConfig, JudgedMethodConfig
 
 
 class ImagesConfig(Section):
@@ -62,21 +61,15 @@ class TrajectoryConfig(ImagesConfig):
         return self
 
 
-class JudgedConfig(MethodConfig):
-    """Judge of a method that generates its images."""
+class JudgedConfig(JudgedMethodConfig):
+    """Judge and images of a method that generates its images."""
 
-    reward: Rewards = Field(description="judge of the generated images, or a list of several")
-    combine: Combine = "sum"
+    generation: ImagesConfig = ImagesConfig()
 
     @property
     def uses_reference(self) -> bool:
         """True if the loss compares with a reference."""
         return True
-
-    @model_validator(mode="after")
-    def _combined(self) -> JudgedConfig:
-        check_combine(self.reward, self.combine)
-        return self
 
 
 class OnlineConfig(JudgedConfig):

@@ -6,9 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mmalign.config.base import MethodConfig
-from mmalign.config.evaluation import Combine, DecodingConfig, Rewards, check_combine
-from mmalign.config.methods._shared import ResponseMethodConfig
+from mmalign.config.evaluation import DecodingConfig
+from mmalign.config.methods._shared import JudgedMethodConfig, ResponseMethodConfig
 
 
 class AnswersConfig(DecodingConfig):
@@ -26,17 +25,10 @@ class AnswersConfig(DecodingConfig):
     )
 
 
-class OnlineResponsesConfig(MethodConfig):
+class OnlineResponsesConfig(JudgedMethodConfig):
     """Judge and answers of a method that generates its responses."""
 
-    reward: Rewards = Field(description="judge of the generated answers, or a list of several")
-    combine: Combine = "sum"
     generation: AnswersConfig = AnswersConfig()
-
-    @model_validator(mode="after")
-    def _combined(self) -> OnlineResponsesConfig:
-        check_combine(self.reward, self.combine)
-        return self
 
 
 class OnlineDPOConfig(ResponseMethodConfig, OnlineResponsesConfig):

@@ -16,7 +16,6 @@ prompts, then the second.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,8 @@ from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.noise import mean_square
 from mmalign.families.base import TextToImage
 from mmalign.losses.advantages import advantages, informative
-from mmalign.methods import Contrasts, Requirements, Step
+from mmalign.methods import Requirements, Step
+from mmalign.methods._generated import count_contrasts, parts, summarize_rewards, with_summary
 from mmalign.methods.text_to_image._denoising import NoisedPairs
 from mmalign.methods.text_to_image._images import batch_predictor, judge_images, policy_walk
 from mmalign.policy import Policy
@@ -95,18 +95,19 @@ class Errors:
 
 def online_requirements(cfg: OnlineConfig) -> Requirements:
     """Return the needs of a method that learns from all images."""
-    return judged_requirements(
-        cfg, partial(contrasts_of, cfg.generation, cfg.generation.noisings, cfg.generation.images)
-    )
+    return judged_requirements(cfg, cfg.generation.noisings, cfg.generation.images)
 
 
-def judged_requirements(cfg: JudgedConfig, contrasts: Callable[[int], Contrasts]) -> Requirements:
-    """Return the needs: prompts alone, a judge, the decoder of images, and a reference if the loss has one."""
+def judged_requirements(cfg: JudgedConfig, times: int, learned: int) -> Requirements:
+    """Return the needs of a method that learns so many times from so many images of each prompt.
+
+    They are prompts alone, a judge, the decoder of images, and a reference if the loss has one.
+    """
     return Requirements(
         reference=cfg.uses_reference,
         learns_from="prompts",
         vae_decoder=True,
-        contrasts=contrasts,
+        contrasts=partial(count_contrasts, times, learned, cfg.generation.prompts_per_contrast),
         reward=cfg.reward,
         combine=cfg.combine,
         judges_groups=True,
@@ -134,22 +135,8 @@ def start_latents(batch: EncodedPrompts, cfg: ImagesConfig, rng: KeyedRNG) -> Te
 def judge_latents(family: TextToImage, batch: EncodedPrompts, x: Tensor) -> Generated:
     """Judge the images of latents [K, B, C, H, W] in one call."""
     rewards = judge_images(family, batch, x.flatten(0, 1)).view(len(x), -1).T
-    real, differ = rewards[batch.weights > 0], informative(rewards)
-    means = {"reward": real, "reward spread": real.std(1), "equal rewards": (~informative(real)).float()}
-    summary = {name: float(values.mean()) if len(real) else 0.0 for name, values in means.items()}
-    return Generated(x, rewards, batch.weights * differ, summary)
-
-
-def parts(number: int, cfg: ImagesConfig) -> list[slice]:
-    """Return the prompts of each contrast, of so many in a batch."""
-    size = cfg.prompts_per_contrast or number
-    return [slice(first, first + size) for first in range(0, number, size)]
-
-
-def contrasts_of(cfg: ImagesConfig, times: int, images: int, prompts: int) -> Contrasts:
-    """Return the contrasts of a batch of prompts, of each of which so many images are learned from so many times."""
-    most = min(prompts, cfg.prompts_per_contrast or prompts)
-    return Contrasts(times * len(parts(prompts, cfg)), math.ceil(most * images / 2))
+    summary = summarize_rewards(rewards, batch.weights > 0)
+    return Generated(x, rewards, batch.weights * informative(rewards), summary)
 
 
 def noise_images(family: TextToImage, batch: EncodedPrompts, x_0: Tensor, rng: KeyedRNG, index: int) -> NoisedPairs:
@@ -176,7 +163,7 @@ def online_contrasts(
     scale, clip, size = cfg.advantages.scale, cfg.advantages.clip, cfg.generation.batch_size
     values = advantages(generated.rewards, scale=scale, clip=clip, weights=batch.weights)
     for index in range(cfg.generation.noisings):
-        for part in parts(len(batch.rows), cfg.generation):
+        for part in parts(len(batch.rows), cfg.generation.prompts_per_contrast):
             view = noise_images(policy.family, batch[part], generated.latents[:, part], rng, index)
             of_policy, of_reference = (
                 _predict(policy.family, batch[part], view, guidance, size) for guidance in (1.0, reference_guidance)
@@ -228,9 +215,4 @@ def online_step(losses: Tensor, errors: Errors, contrast: Contrast) -> Step:
         own = {"output error": errors.policy, "gain": gain, "shift": errors.shift}
         own |= {"drift": errors.drift} if contrast.reference is not None else {}
         metrics = {"loss": losses.detach(), **{name: values.mean(1).detach() for name, values in own.items()}}
-    return Step(losses, contrast.weights, metrics | of_batch(contrast.summary, losses))
-
-
-def of_batch(summary: Mapping[str, float], losses: Tensor) -> dict[str, Tensor]:
-    """Return the means of a batch as metrics of each loss [B]."""
-    return {name: torch.full_like(losses, value) for name, value in summary.items()}
+    return with_summary(Step(losses, contrast.weights, metrics), contrast.summary)

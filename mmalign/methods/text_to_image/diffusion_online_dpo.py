@@ -21,17 +21,11 @@ from mmalign.config.methods import DiffusionOnlineDPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step
+from mmalign.methods._generated import parts, with_summary
 from mmalign.methods._pair_memory import pair_memory
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo
 from mmalign.methods.text_to_image._denoising import denoising_scores
-from mmalign.methods.text_to_image._online import (
-    contrasts_of,
-    generate,
-    judged_requirements,
-    noise_images,
-    of_batch,
-    parts,
-)
+from mmalign.methods.text_to_image._online import generate, judged_requirements, noise_images
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
@@ -46,8 +40,7 @@ class Contrast:
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: prompts, a judge, and the reference of the loss."""
-    needs = judged_requirements(cfg, partial(contrasts_of, cfg.generation, cfg.generation.noisings, 2))
-    return replace(needs, memory=pair_memory(cfg))
+    return replace(judged_requirements(cfg, cfg.generation.noisings, 2), memory=pair_memory(cfg))
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
@@ -56,7 +49,7 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, r
     everyone = torch.arange(len(batch.rows), device=generated.rewards.device)
     ends = generated.latents[torch.stack([generated.rewards.argmax(1), generated.rewards.argmin(1)]), everyone]
     for index in range(cfg.generation.noisings):
-        for part in parts(len(batch.rows), cfg.generation):
+        for part in parts(len(batch.rows), cfg.generation.prompts_per_contrast):
             view = noise_images(family, batch[part], ends[:, part], rng, index)
             scores = policy.on_reference(partial(denoising_scores, family, view=view))
             made.append(Contrast(_denoising.Contrast(view, scores, generated.weights[part]), generated.summary))
@@ -65,5 +58,4 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, r
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the pair loss on the denoising scores of policy and reference."""
-    step = diffusion_dpo.loss(policy, contrast.pairs, cfg)
-    return replace(step, metrics=step.metrics | of_batch(contrast.summary, step.losses))
+    return with_summary(diffusion_dpo.loss(policy, contrast.pairs, cfg), contrast.summary)

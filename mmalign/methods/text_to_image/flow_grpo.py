@@ -32,15 +32,13 @@ from mmalign.families.types import Conditioning
 from mmalign.losses.advantages import advantages
 from mmalign.losses.policy_gradient import clipped, is_clipped
 from mmalign.methods import Requirements, Step
+from mmalign.methods._generated import parts, with_summary
 from mmalign.methods.text_to_image._images import policy_walk, predict_guided
 from mmalign.methods.text_to_image._online import (
     Generated,
     by_prompt,
-    contrasts_of,
     judge_latents,
     judged_requirements,
-    of_batch,
-    parts,
     start_latents,
 )
 from mmalign.policy import Policy
@@ -102,7 +100,7 @@ class Path:
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: prompts, a judge, and a reference for `kl`."""
     size = cfg.generation.window or cfg.generation.steps
-    return judged_requirements(cfg, partial(contrasts_of, cfg.generation, size, cfg.generation.images))
+    return judged_requirements(cfg, size, cfg.generation.images)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
@@ -111,7 +109,7 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, r
     values = advantages(generated.rewards, scale=cfg.advantages.scale, clip=cfg.advantages.clip, weights=batch.weights)
     made, family, k = list[Contrast](), policy.family, cfg.generation.images
     for number in range(len(path.starts)):
-        for part in parts(len(batch.rows), cfg.generation):
+        for part in parts(len(batch.rows), cfg.generation.prompts_per_contrast):
             sub, index = batch[part], path.first[part] + number
             starts, means, ends = (x[number, :, part].flatten(0, 1) for x in (path.starts, path.means, path.ends))
             cond, unconditional = (
@@ -182,4 +180,4 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
         own["kl"] = kl.detach()
     losses = losses.mean(1)
     metrics = {"loss": losses.detach(), **{name: values.mean(1) for name, values in own.items()}}
-    return Step(losses, contrast.weights, metrics | of_batch(contrast.summary, losses))
+    return with_summary(Step(losses, contrast.weights, metrics), contrast.summary)

@@ -13,7 +13,6 @@ B questions, K answers to each. Row `k * B + b` is answer k to question b.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +28,8 @@ from mmalign.families.types import GeneratedText, Mixture
 from mmalign.language.chat import as_text
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.losses.advantages import informative
-from mmalign.methods import Contrasts, Requirements, Step
+from mmalign.methods import Requirements
+from mmalign.methods._generated import count_contrasts, parts, summarize_rewards
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.rng import KeyedRNG
 
@@ -57,6 +57,11 @@ class Answered:
     weights: Tensor
     summary: Mapping[str, float]
 
+    def parts(self, size: int | None) -> list[range]:
+        """Return the questions of each contrast, at most `size` of them, as indices in the batch."""
+        number = len(self.batch.rows)
+        return [range(number)[part] for part in parts(number, size)]
+
     def select(
         self, family: VisionLanguage, questions: Sequence[int], answers: Sequence[tuple[int, int]]
     ) -> EncodedResponses:
@@ -70,30 +75,18 @@ class Answered:
         )
 
 
-def parts(number: int, cfg: AnswersConfig) -> list[list[int]]:
-    """Return the questions of each contrast of one pass over a batch of so many, as indices in the batch."""
-    size, everyone = cfg.questions_per_contrast or number, list(range(number))
-    return [everyone[first : first + size] for first in everyone[::size]]
-
-
 def online_requirements(cfg: OnlineResponsesConfig, *, reference: bool, learned: int) -> Requirements:
     """Return the needs of a method that learns from so many of its own answers to each question."""
     return Requirements(
         reference=reference,
         learns_from="prompts",
         decoded_images=True,
-        contrasts=partial(_contrasts, cfg.generation, learned),
+        contrasts=partial(count_contrasts, cfg.generation.updates, learned, cfg.generation.questions_per_contrast),
         new_tokens=cfg.generation.max_new_tokens,
         reward=cfg.reward,
         combine=cfg.combine,
         hint_if_empty=EQUAL_REWARDS,
     )
-
-
-def _contrasts(cfg: AnswersConfig, learned: int, questions: int) -> Contrasts:
-    """Return the contrasts of a batch of questions, with so many answers to each."""
-    most = min(questions, cfg.questions_per_contrast or questions)
-    return Contrasts(cfg.updates * len(parts(questions, cfg)), math.ceil(most * learned / 2))
 
 
 def answer(
@@ -124,26 +117,10 @@ def answer(
     weights = batch.weights * informative(rewards) * usable
     cut = torch.tensor([float(said.is_cut) for said in generated]).view(cfg.answers, number).T
     lengths = torch.tensor([float(len(row.response)) for row in rows]).view(cfg.answers, number).T
-    summary = _summary(rewards, {"answer tokens": lengths, "cut answers": cut}, usable, batch.weights > 0)
+    real, means = batch.weights > 0, {"answer tokens": lengths, "cut answers": cut, "unusable questions": ~usable}
+    summary = summarize_rewards(rewards, real)
+    summary |= {name: float(values.to(real.device)[real].float().mean().nan_to_num()) for name, values in means.items()}
     return Answered(batch, [rows[k : k + number] for k in range(0, len(rows), number)], rewards, weights, summary)
-
-
-def with_summary(step: Step, summary: Mapping[str, float]) -> Step:
-    """Return a step with the means of its batch's generation among its metrics."""
-    return replace(step, metrics=step.metrics | {name: torch.full_like(step.weights, x) for name, x in summary.items()})
-
-
-def _summary(rewards: Tensor, more: Mapping[str, Tensor], usable: Tensor, real: Tensor) -> dict[str, float]:
-    """Return means over the real questions; values are [B, K], masks [B]."""
-    differ, judged = informative(rewards)[real], rewards[real]
-    means = {
-        "reward": judged.mean(),
-        "reward spread": judged.std(1).mean(),
-        "equal rewards": 1 - differ.float().mean(),
-        "unusable questions": 1 - usable[real].float().mean(),
-        **{name: values.to(real.device)[real].mean() for name, values in more.items()},
-    }
-    return {name: float(mean.nan_to_num()) for name, mean in means.items()}
 
 
 def _row(family: VisionLanguage, prompt: TokenizedResponse, said: GeneratedText) -> TokenizedResponse | None:

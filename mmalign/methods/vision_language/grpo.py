@@ -28,7 +28,8 @@ from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
 from mmalign.losses import advantages, policy_gradient
 from mmalign.methods import Requirements, Step
-from mmalign.methods.vision_language._online import answer, online_requirements, parts, with_summary
+from mmalign.methods._generated import with_summary
+from mmalign.methods.vision_language._online import answer, online_requirements
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
@@ -60,7 +61,8 @@ def requirements(cfg: Config) -> Requirements:
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Generate and judge the answers to a batch; return the contrasts of one pass after another."""
     answered, family, made = answer(policy, batch, cfg.generation, rng), policy.family, list[Contrast]()
-    values, once = _advantages(cfg, answered.rewards, batch.weights), parts(len(batch.rows), cfg.generation)
+    values = _advantages(cfg, answered.rewards, batch.weights)
+    once = answered.parts(cfg.generation.questions_per_contrast)
     for questions in once:
         every = [(k, b) for k in range(cfg.generation.answers) for b in questions]
         given = answered.select(family, questions, every)

@@ -17,9 +17,10 @@ from mmalign.config.methods import OnlineDPOConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements, Step
+from mmalign.methods._generated import with_summary
 from mmalign.methods._pair_memory import pair_memory
 from mmalign.methods.vision_language import _responses, dpo
-from mmalign.methods.vision_language._online import answer, online_requirements, parts, with_summary
+from mmalign.methods.vision_language._online import answer, online_requirements
 from mmalign.methods.vision_language._responses import response_scores
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
@@ -43,7 +44,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     """Generate and judge the answers to a batch; return the contrasts of one pass after another."""
     answered, made = answer(policy, batch, cfg.generation, rng, cfg.mixture), list[Contrast]()
     ends = [answered.rewards.argmax(1).tolist(), answered.rewards.argmin(1).tolist()]
-    for questions in parts(len(batch.rows), cfg.generation):
+    for questions in answered.parts(cfg.generation.questions_per_contrast):
         given = answered.select(policy.family, questions, [(end[b], b) for end in ends for b in questions])
         scores = policy.on_reference(partial(response_scores, policy.family, batch=given, mean=cfg.mean))
         made.append(Contrast(_responses.Contrast(given, scores), answered.summary))

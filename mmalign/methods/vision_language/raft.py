@@ -23,7 +23,8 @@ from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
 from mmalign.methods import Requirements, Step
-from mmalign.methods.vision_language._online import answer, online_requirements, parts, with_summary
+from mmalign.methods._generated import with_summary
+from mmalign.methods.vision_language._online import answer, online_requirements
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
@@ -52,7 +53,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     """Generate and judge the answers to a batch; return the contrasts of one pass after another."""
     answered, made = answer(policy, batch, cfg.generation, rng), list[Contrast]()
     kept = selected(cfg, answered.rewards, rng.uniform(batch.rows, (cfg.generation.answers,), "rejection"))
-    for questions in parts(len(batch.rows), cfg.generation):
+    for questions in answered.parts(cfg.generation.questions_per_contrast):
         question, k = kept[questions].nonzero().T
         places = [(number, questions[n]) for n, number in zip(question.tolist(), k.tolist(), strict=True)]
         made.append(Contrast(answered.select(policy.family, questions, places), question, answered.summary))
