@@ -25,8 +25,6 @@ from mmalign.training.trackers import log_curves
 
 logger = logging.getLogger(__name__)
 
-NUM_FIRST = 32  # updates at most whose rewards a verdict compares with those of the last
-
 
 class AfterUpdate:
     """Callback after every update: report, and save if a checkpoint is due and nothing is pending, or at the end.
@@ -60,9 +58,8 @@ class AfterUpdate:
         # A balanced epoch has rows several times; generated images are always new
         is_fresh = (progress.epoch == 0 and self.needs.liked_share is None) or self.needs.generates
         self.reporter.update(progress.step, metrics, is_fresh=is_fresh)
-        num_first = min(NUM_FIRST, math.ceil(self.recipe.train.steps / 2))
-        if verdict.REWARD in metrics and progress.step <= num_first:
-            self.reporter.start.setdefault(verdict.REWARD, []).append(float(metrics[verdict.REWARD]))
+        if verdict.REWARD in metrics:
+            self.reporter.add_reward(progress.epoch, progress.batch, metrics[verdict.REWARD])
         if self.sampler is not None:
             self.sampler(progress.step)
         last = progress.step == self.recipe.train.steps
@@ -136,7 +133,7 @@ class AfterUpdate:
         """
         needs, fresh = self.needs, self.reporter.fresh()
         if needs.generates:
-            return verdict.Evidence(fresh, self.reporter.start)
+            return verdict.Evidence(fresh, rewards=self.reporter.rewards)
         held_out = self.data_module.validation_loader is not None
         if held_out or needs.measured_by is not None or not needs.reference:
             fresh = {}

@@ -52,6 +52,7 @@ class Reporter:
     Attributes:
         history: the mean metrics of every report.
         start: metrics of single pairs before the first update, for a verdict.
+        rewards: the mean reward of each generation of outputs, for a verdict.
         num_measured: training batches that a verdict measures; a run that is extended keeps the number.
         verdict: a sentence on the run's outcome, after its last update.
     """
@@ -76,6 +77,7 @@ class Reporter:
         self.sums: dict[str, Tensor] = {}
         self.count, self.history, self.warned = 0, list[dict[str, float]](), False
         self.start: dict[str, list[float]] = {}
+        self.rewards, self._generation = list[float](), (-1, -1)
         self.num_measured, self.verdict = 0, ""
         self._fresh = deque[dict[str, Tensor]](maxlen=NUM_FRESH)
 
@@ -84,6 +86,7 @@ class Reporter:
         sums, *fresh = ({name: x.cpu() for name, x in each.items()} for each in (self.sums, *self._fresh))
         reports = {"count": self.count, "history": self.history, "warned": self.warned, "start": self.start}
         reports |= {"num_measured": self.num_measured, "verdict": self.verdict}
+        reports |= {"rewards": self.rewards, "generation": self._generation}
         return {**reports, "sums": sums, "fresh": fresh}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -93,6 +96,7 @@ class Reporter:
             self.sums = {name: value.to(device) for name, value in state["sums"].items()}
             self.count, self.history, self.warned = state["count"], list(state["history"]), state["warned"]
             self.start, self.num_measured = dict(state["start"]), state["num_measured"]
+            self.rewards, self._generation = list(state["rewards"]), state["generation"]
             self.verdict = state["verdict"]
             self._fresh = deque(state["fresh"], maxlen=NUM_FRESH)
 
@@ -122,6 +126,12 @@ class Reporter:
         if step % self.every == 0 or step == self.steps:
             self._report(step)
         self.bar.update(self.task, completed=step, speed=self.speed.now(step))
+
+    def add_reward(self, epoch: int, batch: int, reward: Tensor) -> None:
+        """Keep a mean reward for the verdict if it is the first of a batch, whose updates share one generation."""
+        if (epoch, batch) != self._generation:
+            self._generation = (epoch, batch)
+            self.rewards.append(float(reward))
 
     def _report(self, step: int) -> None:
         means = {name: float(value) / self.count for name, value in self.sums.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from statistics import fmean
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ MANY = 0.5  # share of pairs
 UNMOVED = 0.01  # mean size of a logit
 EQUAL = 1e-5  # relative difference of two scores
 SIGNIFICANT = 2.0  # standard errors
+NUM_GENERATIONS = 32  # the first and the last that are compared, at most
 
 
 class Mean(NamedTuple):
@@ -48,12 +48,14 @@ class Evidence:
         start: values before the first update, for methods without a reference.
         fresh: values of updates whose pairs had not been trained on before.
         seen: the pairs were trained on several times, or nothing is fresh.
+        rewards: the mean reward of each generation, for methods that generate what they learn from.
     """
 
     pairs: Values
     start: Values = field(default_factory=dict)
     fresh: Values = field(default_factory=dict)
     seen: bool = False
+    rewards: Sequence[float] = ()
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -80,9 +82,9 @@ def judge(evidence: Evidence) -> str:
     if not values or not values["loss"]:
         return "no pair could be measured"
     sides = next((sides for sides in SIDES if f"{sides[1]} gain" in values), None)
-    if REWARD in values and REWARD in evidence.start:
+    if evidence.rewards:
         return "; ".join(
-            [_judge_rewards(values, evidence), *([_judge_sides(values, sides, evidence)] if sides else [])]
+            [_judge_rewards(evidence.rewards), *([_judge_sides(values, sides, evidence)] if sides else [])]
         )
     if sides is not None:
         return _judge_sides(values, sides, evidence)
@@ -147,13 +149,19 @@ def _judge_sides(values: Values, sides: tuple[str, str], evidence: Evidence) -> 
     return _learned(learned, values, "pairs", evidence.seen and (fresh is None or fresh.sign <= 0))
 
 
-def _judge_rewards(values: Values, evidence: Evidence) -> str:
-    """Judge a method that generates what it learns from, by the rewards of the first and of the last generations."""
-    # The updates of one generation have its mean, and prompts differ between generations
-    before, after = (mean_of([mean for mean, _ in groupby(each[REWARD])]) for each in (evidence.start, values))
+def _judge_rewards(rewards: Sequence[float]) -> str:
+    """Judge a method that generates what it learns from, by the mean rewards of the first and the last generations."""
+    if len(rewards) == 1:
+        return f"the reward of generated outputs was {rewards[0]:.4g}, and one generation shows no change: train longer"
+    number = min(NUM_GENERATIONS, len(rewards) // 2)
+    before, after = mean_of(rewards[:number]), mean_of(rewards[-number:])
     change = Mean(after.value - before.value, math.hypot(before.error, after.error))
-    numbers = f"from {before.value:.4g} in the first updates to {after.value:.4g} in the last"
-    numbers += f" ({change.value:+.2g} ± {change.error:.1g})"
+    many = f" {number}" if number > 1 else ""
+    numbers = f"from {before.value:.4g} in the first{many} of {len(rewards)} generations "
+    numbers += f"to {after.value:.4g} in the last"
+    if number == 1:
+        return f"the reward of generated outputs went {numbers}: too few to tell a change, train longer"
+    numbers += f"{many} ({change.value:+.2g} ± {change.error:.1g})"
     match change.sign:
         case 1:
             return f"the reward of generated outputs rose {numbers}"

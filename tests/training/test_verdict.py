@@ -193,19 +193,21 @@ def test_thumbs_are_judged_by_the_gains_of_each_label() -> None:
 
 
 @pytest.mark.parametrize(
-    ("now", "expected"),
+    ("rewards", "expected"),
     [
-        ([5.0, 5.0, 5.2, 5.2, 4.8], "rose from 2 in the first updates to 5 in the last (+3 "),
-        ([1.0, 1.0, 1.1], "fell from 2 in the first updates to 1.05 in the last (-0.95 "),
-        ([2.0, 2.5, 1.0], "did not change from 2 in the first updates to 1.833 in the last"),
-        ([9.0, 9.0, 9.0], "did not change from 2 in the first updates to 9 in the last"),
+        ([2.1, 1.9, 2.0, 3.5, 4.9, 5.0, 5.1], "rose from 2 in the first 3 of 7 generations to 5 in the last 3 (+3 "),
+        ([2.1, 1.9, 1.0, 1.1], "fell from 2 in the first 2 of 4 generations to 1.05 in the last 2 (-0.95 "),
+        ([2.1, 1.9, 2.5, 1.0], "did not change from 2 in the first 2 of 4 generations to 1.75 in the last 2"),
+        ([2.0, 2.0, 2.0, 2.0], "did not change from 2 "),  # equal means are generations of their own
+        ([2.0, 7.0, 9.0], "went from 2 in the first of 3 generations to 9 in the last: too few to tell a change"),
+        ([2.0], "was 2, and one generation shows no change"),
+        ([0.0, 0.1] * 16 + [9.0] * 30 + [5.0, 5.1] * 16, "rose from 0.05 in the first 32 of 94 generations "),
     ],
-    ids=["rose", "fell", "same", "one generation"],
+    ids=["rose", "fell", "unchanged", "equal", "three generations", "one generation", "many"],
 )
-def test_generated_outputs_are_judged_by_their_rewards(now: list[float], expected: str) -> None:
-    """Updates of one generation count once, and a single generation tells nothing."""
-    start = {"reward": [2.1, 2.1, 1.9, 1.9, 1.9]}
+def test_generated_outputs_are_judged_by_their_rewards(rewards: list[float], expected: str) -> None:
+    """The first and the last generations do not overlap; sides are judged after them."""
     expected = f"the reward of generated outputs {expected}"
-    assert verdict({"loss": [0.0], "reward": now}, start=start).startswith(expected)
-    both = verdict({**sides(0.05, -0.02), "reward": now}, start=start)
+    assert verdict({"loss": [0.0]}, rewards=rewards).startswith(expected)
+    both = verdict(sides(0.05, -0.02), rewards=rewards)
     assert both.startswith(expected) and "; chosen images improved and rejected ones got worse" in both
