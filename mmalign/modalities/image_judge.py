@@ -184,7 +184,7 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
         allow_pickle = recipe.allow_pickle
         model = loading.build_reward_model(section.reward, device, allow_pickle=allow_pickle, scores=scores)
         others[judge.OTHER] = model
-        if loading.comparing_judges(section.reward):
+        if loading.comparing_parts(section.reward):
             batch_size = 1  # its scores compare the images of a call
 
     def measure(policy: Policy[ImageJudge], *_: object) -> Result:

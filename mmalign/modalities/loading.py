@@ -266,12 +266,12 @@ def check_method_judge(recipe: Recipe) -> None:
         return
     is_of_responses = isinstance(recipe.data, ResponseData)  # a call then has all responses to a question
     check_reward_model(needs.reward_key, needs.reward, responses=is_of_responses, truths=needs.generates)
-    comparing = comparing_judges(needs.reward)
+    comparing = comparing_parts(needs.reward, needs.combine)
     if comparing and not (is_of_responses or needs.judges_groups):
         raise ValueError(
             f"{needs.reward_key}: {comparing[0]} compares the images of a prompt, and "
-            f"method.name: {recipe.method.name} judges them batch by batch; use a judge that scores each image alone, "
-            "such as vlm"
+            f"method.name: {recipe.method.name} judges them batch by batch; use combine: sum without "
+            "at_least, and judges that score each image alone, such as vlm"
         )
 
 
@@ -295,20 +295,28 @@ def check_reward_model(key: str, reward: Rewards, *, responses: bool = False, tr
         raise ValueError(f"{key}: at_least makes all of them constraints; name a reward model without it too")
     for number, config in enumerate(configs):
         place = key if isinstance(reward, RewardConfig) else f"{key}.{number}"
-        if reward_config(config.name, config.options).reads_truths and responses and not truths:
-            raise ValueError(
-                f"{place}.name: {config.name} reads the true answers of the data, which methods that learn from "
-                "prompts have; use another judge here, such as function or vlm"
-            )
         if config.at_least is not None and config.weight != 1:
             raise ValueError(f"{place}.weight: {config.weight:g} means nothing beside at_least; leave one of them out")
         check = response_module(config.name).check_responses if responses else image_module(config.name).check
         check(f"{place}.path", config.path)
+        if responses and not truths and reward_config(config.name, config.options).reads_truths(config.path):
+            raise ValueError(
+                f"{place}.name: {config.name} reads the true answers of the data, which methods that learn from "
+                "prompts have; use another judge here, such as vlm or a function without them"
+            )
 
 
-def comparing_judges(reward: Rewards) -> list[str]:
-    """Return the kinds of a recipe's judges whose scores depend on the other outputs of a prompt."""
-    return [x.name for x in reward_models(reward) if reward_config(x.name, x.options).compares]
+def comparing_parts(reward: Rewards, combine: Combine = "sum") -> list[str]:
+    """Return what makes a recipe's scores depend on the other outputs of a prompt: judges, combination and limits."""
+    configs = reward_models(reward)
+    judges = [f"reward {x.name}" for x in configs if reward_config(x.name, x.options).compares]
+    limits = [f"at_least: {x.at_least:g}" for x in configs if x.at_least is not None]
+    return [*judges, *([f"combine: {combine}"] if combine != "sum" else []), *limits]
+
+
+def needs_truths(reward: Rewards) -> bool:
+    """Return whether one of a recipe's judges judges only rows with a true answer."""
+    return any(reward_config(x.name, x.options).needs_truths for x in reward_models(reward))
 
 
 def describe_rewards(reward: Rewards) -> str:

@@ -33,7 +33,7 @@ class JudgeConfig(BaseModel):
     Attributes:
         of_images: its file has `check` and `load`.
         of_responses: its file has `check_responses` and `load_responses`.
-        reads_truths: it judges only where the data have a true answer.
+        needs_truths: it judges only rows with a true answer.
         compares: scores depend on the other outputs of a prompt; a call needs all of them, and no score is stored.
         runs_path: `path` names a function, whose code is part of the judge.
     """
@@ -42,9 +42,13 @@ class JudgeConfig(BaseModel):
 
     of_images: ClassVar[bool] = True
     of_responses: ClassVar[bool] = False
-    reads_truths: ClassVar[bool] = False
+    needs_truths: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     runs_path: ClassVar[bool] = False
+
+    def reads_truths(self, path: str) -> bool:
+        """Return whether the judge at `path` reads the true answers of the data."""
+        return self.needs_truths
 
     def served_model(self, path: str) -> str:
         """Return the name that a server at `path` gives its model; "" if it gives none, or without a server."""

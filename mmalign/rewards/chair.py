@@ -23,7 +23,7 @@ from mmalign.language.vocabularies import load_vocabulary
 from mmalign.language.yes_no import final_answer, parse_strict
 from mmalign.rewards import JudgeConfig, ResponseJudge, Truths
 
-_VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
+_VERDICT = re.compile(r"\W*(yes|no)\s*([.,:;!]|$)", re.IGNORECASE)  # "No people are visible." is a description
 
 
 class Config(JudgeConfig):
@@ -31,7 +31,7 @@ class Config(JudgeConfig):
 
     of_images = False
     of_responses = True
-    reads_truths = True
+    needs_truths = True
 
     penalty: NonNegativeFloat = 1.0
     """Cost of an invented mention, in objects named."""
@@ -76,7 +76,7 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
 def reward(response: str, truth: Sequence[str], vocabulary: Vocabulary, penalty: float) -> float:
     """Return the reward of a response, given the texts of the true answer."""
     verdict = _VERDICT.match(truth[0])
-    if verdict is not None:
+    if verdict is not None and len(truth) == 1:
         return float(parse_strict(response) is (verdict[1].lower() == "yes"))
     objects = {mention.object for text in truth for mention in vocabulary.mentions(text)}
     named = [mention.object for mention in vocabulary.mentions(final_answer(response))]

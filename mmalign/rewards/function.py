@@ -29,6 +29,10 @@ class Config(BatchConfig):
     of_responses = True
     runs_path = True
 
+    def reads_truths(self, path: str) -> bool:
+        """Return whether the function has an argument for them."""
+        return _takes_truths(import_callable("reward.path", path))
+
 
 @dataclass(frozen=True)
 class FunctionJudge:
@@ -53,10 +57,16 @@ class FunctionJudge:
         responses: Sequence[str],
         truths: Truths | None = None,
     ) -> Tensor:
-        """Return scores [N] of responses, float32, on the CPU; the errors are those of images."""
-        if TRUTHS not in inspect.signature(self.function).parameters:
+        """Return scores [N] of responses, float32, on the CPU; the errors are those of images.
+
+        Raises:
+            ValueError: the function reads true answers, and the caller has none.
+        """
+        if not _takes_truths(self.function):
             return self._scores(images, prompts, responses)
-        return self._scores(images, prompts, responses, truths or [()] * len(prompts))
+        if truths is None:
+            raise ValueError(f"reward function: {self.name} reads {TRUTHS}, which there are none of here; {REMEDY}")
+        return self._scores(images, prompts, responses, truths)
 
     def _scores(self, images: Sequence[object], prompts: Sequence[str], *more: Sequence[object]) -> Tensor:
         """Return scores [N]; the function gets the rows of all columns.
@@ -115,9 +125,14 @@ def check_responses(key: str, path: str) -> None:
     _of_responses(key, path)
 
 
+def _takes_truths(function: Callable[..., object]) -> bool:
+    is_plain = not isinstance(function, BuiltinFunctionType | type)
+    return is_plain and TRUTHS in inspect.signature(function).parameters
+
+
 def _of_responses(key: str, path: str) -> Callable[..., object]:
     arguments, function = ["images", "prompts", "responses"], import_callable(key, path)
-    if not isinstance(function, BuiltinFunctionType | type) and TRUTHS in inspect.signature(function).parameters:
+    if _takes_truths(function):
         arguments.append(TRUTHS)
     return import_function(key, path, arguments, "one number for each response")
 

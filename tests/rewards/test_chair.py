@@ -31,6 +31,8 @@ TRUTH = ["There is a blue star. There is a yellow cross."]
         ("No.", ["Yes."], 1.0, 0.0),
         ("There is none.", ["no"], 1.0, 1.0),
         ("Maybe.", ["no"], 1.0, 0.0),
+        ("A blue star.", ["No circles are visible. There is a blue star."], 1.0, 1.0),  # a description
+        ("A yellow cross.", ["no", "yellow cross"], 1.0, 1.0),
     ],
 )
 def test_objects_named_less_objects_invented(response: str, truth: list[str], penalty: float, expected: float) -> None:
@@ -61,4 +63,9 @@ def test_a_function_that_names_truths_gets_them(tmp_path: Path, monkeypatch: pyt
     judge = load_response_judge("function", "exact:exact", batch_size=2)
     rows = [[]] * 3, ["?"] * 3, ["4", "5", "6"]
     assert judge(*rows, [("4", "four"), ("6",), ("6",)]).tolist() == [1, 0, 1]
-    assert judge(*rows).tolist() == [0, 0, 0]  # no row has one
+    with pytest.raises(ValueError, match="reward function: exact:exact reads truths, which there are none of here"):
+        judge(*rows)
+    reward_of_answers = RewardConfig(name="function", path="exact:exact")
+    check_reward_model("method.reward", reward_of_answers, responses=True, truths=True)
+    with pytest.raises(ValueError, match=r"evaluate\.reward\.name: function reads the true answers of the data"):
+        check_reward_model("evaluate.reward", reward_of_answers, responses=True)

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmalign.commands.load_recipe import load_recipe
 from mmalign.config.evaluation import BestOf, WeightedReward
-from mmalign.modalities.loading import check_reward_model
+from mmalign.modalities.loading import check_method_judge, check_reward_model
 from mmalign.rewards._combine import Combination, combined, combined_responses, standard_scores, votes
 
 PROMPTS = ["a", "a", "b", "b"]
@@ -118,3 +119,13 @@ def test_constraints_need_a_reward_model_beside_them() -> None:
         check_reward_model("reward", [limit])
     with pytest.raises(ValueError, match="combine: vote needs two or more reward models"):
         BestOf(reward=[term, limit], combine="vote")
+
+
+def test_what_compares_images_is_refused_where_batches_are_judged() -> None:
+    """A limit gives an image the least score of its prompt, also of the same prompt's other pairs in the batch."""
+    judge = "{name: step_aware, path: models/tiny_clip_steps}"
+    limits = f"[{judge}, {{path: models/tiny_clip, at_least: 3}}]"
+    for reward, part in ((limits, "at_least: 3"), ("{name: vlm_pairs, path: models/tiny_llava}", "reward vlm_pairs")):
+        with pytest.raises(ValueError, match=f"^method.reward: {part} compares the images of a prompt"):
+            check_method_judge(load_recipe("text_to_image/spo_tiny_sd", [f"method.reward={reward}"]))
+    check_method_judge(load_recipe("text_to_image/nft_tiny_sd", [f"method.reward={limits}"]))

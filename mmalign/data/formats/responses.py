@@ -148,6 +148,7 @@ def open_responses(
     labels: Collection[str] = FIELDS,
     learning: Learning = "pairs",
     cut_pairs: bool = False,
+    truths: bool = False,
 ) -> Pairs[ResponsePair]:
     """Index the pairs, thumbs or lists of a source: read and check its texts, without decoding its images.
 
@@ -163,6 +164,7 @@ def open_responses(
         labels: the fields of the pairs' labels that the caller reads; thumbs and lists have none.
         learning: the kind of the rows.
         cut_pairs: make thumbs of pairs; of several responses the best is liked and the worst disliked.
+        truths: drop prompts without a true answer.
 
     Raises:
         ValueError: a file or column is missing, a row does not match the format, or no pair is left.
@@ -173,7 +175,8 @@ def open_responses(
     of_pairs = learning == "pairs" and layout.has_labels
     label = partial(read_label, labels if of_pairs else (), margins)
     reader = ImageReader(images)
-    entries, dropped, tied = _index(source.rows(), layout, reader, group_by, learning, label)
+    select = partial(_select, learning=learning, truths=truths)
+    entries, dropped, tied = _index(source.rows(), layout, reader, group_by, learning, label, select)
     if later := sum(entry.parsed.later_turns for entry in entries):
         logger.info(f"{path}: {later:,} conversations have later turns than the answer compared, which are left out")
     unread = layout.unread(source.columns, group_by, labels=labels, margins=margins)
@@ -190,6 +193,7 @@ def _index(
     group_by: str | None,
     learning: Learning,
     label: Callable[..., Label],
+    select: Callable[[ParsedRows], tuple[ParsedRows, int]],
 ) -> tuple[list[IndexedRow], list[SkippedRow], list[str]]:
     """Return the usable rows, the skipped ones, and the locations of ties; `label` reads a label from a record."""
     entries, dropped, tied = list[IndexedRow](), list[SkippedRow](), list[str]()
@@ -198,7 +202,7 @@ def _index(
             dropped.append(row)
             continue
         try:
-            parsed_rows, ties = _select(layout.read(row.location, row.record), learning)
+            parsed_rows, ties = select(layout.read(row.location, row.record))
             group = layout.group(row.record, group_by) if group_by is not None else None
         except UnusableRowError as error:
             dropped.append(SkippedRow(row.location, str(error), error.defect))
@@ -243,7 +247,7 @@ _EXPECTED = {
 }
 
 
-def _select(rows: ParsedRows, learning: Learning) -> tuple[ParsedRows, int]:
+def _select(rows: ParsedRows, learning: Learning, truths: bool) -> tuple[ParsedRows, int]:
     """Return the pairs, thumbs, lists or prompts of a record's rows, and the number of ties among scored responses.
 
     Pairs of scored responses are every two of different scores. Thumbs of several responses are the best and the worst.
@@ -255,6 +259,9 @@ def _select(rows: ParsedRows, learning: Learning) -> tuple[ParsedRows, int]:
             selected.append(row)
             continue
         if learning == "prompts":
+            if truths and not any(text.strip() for text in row.truth):
+                selected.append(UnusableRowError("has no true answer; expected texts in truth, or an answer"))
+                continue
             selected.append(ParsedRow(row.turns, "", None, row.images, later_turns=row.later_turns, truth=row.truth))
             continue
         if len(row.responses) == 1:

@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mmalign.config import EvaluateImages, ImageData, ImageModel, ImageSize, PrepareImages, Recipe
-from mmalign.config.evaluation import reward_models
 from mmalign.data.formats import images, prompts
 from mmalign.data.formats.prompts import Prompt
 from mmalign.methods import requirements_of
-from mmalign.modalities.loading import check_reward_model, comparing_judges
+from mmalign.modalities.loading import check_reward_model, comparing_parts
 from mmalign.modalities.prompts import read_prompt_pairs, read_prompts
 from mmalign.modalities.text_to_image.model import check_prompt_sources, source_use
 from mmalign.resources import locate
@@ -143,10 +142,7 @@ def _check_comparing(name: str, section: EvaluateImages | PrepareImages, prompts
     if isinstance(section, EvaluateImages) and section.best_of is not None:
         judges.append(("evaluate.best_of", section.best_of.reward, section.best_of.combine))
     for key, reward, combine in judges:
-        comparing = [f"reward {kind}" for kind in comparing_judges(reward)] if reward is not None else []
-        comparing += [f"combine: {combine}"] if combine != "sum" else []
-        limits = [model.at_least for model in reward_models(reward)] if reward is not None else []
-        comparing += [f"at_least: {limit:g}" for limit in limits if limit is not None]
+        comparing = comparing_parts(reward, combine) if reward is not None else []
         if comparing and number > 1:
             raise ValueError(
                 f"{key}: {comparing[0]} compares all images of a prompt, and {text[:60]!r} edits {number} sources; use "

@@ -51,6 +51,7 @@ def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
         labels=needs.labels,
         learning=needs.learns_from,
         cut_pairs=data.cut_pairs,
+        truths=needs.generates and needs.reward is not None and loading.needs_truths(needs.reward),
     )
     check_max_bad(pairs.skipped, data.max_bad, pairs.source)
     comparing = [f"method.name: {recipe.method.name}"] if needs.rejected else []

@@ -139,7 +139,7 @@ def _measure_sides(
     benchmark: Benchmark, sides: Mapping[str, AnswersByPart], judge: ResponseJudge | None, folder: Path
 ) -> dict[str, list[Metrics]]:
     """Judge the answers of all sides, if there is a judge; write them, and return their metrics by side."""
-    judged = _judge(benchmark, list(sides.values()), judge) if judge is not None else [None] * len(sides)
+    judged = judge_answers(benchmark, list(sides.values()), judge) if judge is not None else [None] * len(sides)
     scores = dict(zip(sides, judged, strict=True))
     for side, parts in sides.items():
         _write_answers(folder / side, benchmark, parts, scores[side])
@@ -163,7 +163,7 @@ def _choose(
     benchmark: Benchmark, candidates: Sequence[AnswersByPart], numbers: Sequence[int], judge: ResponseJudge
 ) -> dict[int, AnswersByPart]:
     """Return the best of the first n candidates to each item, by n."""
-    scores = _judge(benchmark, candidates, judge)
+    scores = judge_answers(benchmark, candidates, judge)
     chosen = dict[int, AnswersByPart]()
     for n in numbers:
         best = iter(best_of.best_candidates([_flat(parts) for parts in scores], n))
@@ -174,14 +174,22 @@ def _choose(
     return chosen
 
 
-def _judge(benchmark: Benchmark, answers: Sequence[AnswersByPart], judge: ResponseJudge) -> list[ScoresByPart]:
-    """Return the scores of several answers to every item, in one call, so that votes compare them all."""
-    questions = benchmark.questions
-    images = {name: benchmark.images(name) for name in {question.image for question in questions}}
-    shown = [[images[question.image]] for question in questions] * len(answers)
-    responses = [text for parts in answers for text in _flat(parts)]
-    scores = iter(judge(shown, [question.text for question in questions] * len(answers), responses).tolist())
-    return [{part: [next(scores) for _ in items] for part, items in benchmark.parts.items()} for _ in answers]
+def judge_answers(benchmark: Benchmark, answers: Sequence[AnswersByPart], judge: ResponseJudge) -> list[ScoresByPart]:
+    """Return the scores of several answers to every item, in one call, so that votes compare them all.
+
+    A question that several parts ask has one answer of each, which is judged once.
+    """
+    keys = [(question.image, question.text) for question in benchmark.questions]
+    said = [dict(zip(keys, _flat(parts), strict=True)) for parts in answers]
+    images, distinct = {name: benchmark.images(name) for name, _ in keys}, list(dict.fromkeys(keys))
+    shown = [[images[name]] for name, _ in distinct] * len(answers)
+    responses = [texts[key] for texts in said for key in distinct]
+    scores = judge(shown, [text for _, text in distinct] * len(answers), responses).view(len(answers), -1).tolist()
+    judged = [dict(zip(distinct, own, strict=True)) for own in scores]
+    return [
+        {part: [own[x.question.image, x.question.text] for x in items] for part, items in benchmark.parts.items()}
+        for own in judged
+    ]
 
 
 def _flat(parts: Mapping[str, Sequence[T]]) -> list[T]:

@@ -15,12 +15,12 @@ from mmalign.language.chat import IMAGE, Turn
 from tests.helpers import data_files
 
 
-def opened(folder: Path, *rows: dict[str, Any], format: str = "auto") -> Pairs[ResponsePair]:
+def opened(folder: Path, *rows: dict[str, Any], format: str = "auto", truths: bool = False) -> Pairs[ResponsePair]:
     """Return the prompts of rows, whose images are three files."""
     for number, name in enumerate(("a.png", "b.png", "c.png")):
         (folder / name).write_bytes(data_files.png(number))
     path = data_files.write_jsonl(folder / "rows.jsonl", *rows)
-    return open_responses(format, str(path), learning="prompts")
+    return open_responses(format, str(path), learning="prompts", truths=truths)
 
 
 def test_a_file_of_images_and_questions_is_enough(tmp_path: Path) -> None:
@@ -63,6 +63,16 @@ def test_a_bad_truth_drops_its_row(tmp_path: Path) -> None:
     good = {"image": "a.png", "prompt": "What?", "truth": "yes"}
     pairs = opened(tmp_path, good, {**good, "image": "b.png", "truth": 7})
     assert len(pairs) == 1 and "truth" in pairs.skipped[0].reason
+
+
+@pytest.mark.parametrize("nothing", [{}, {"objects": []}, {"answer": " "}])
+def test_judges_of_true_answers_get_no_row_without_one(nothing: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"image": f"{name}.png", "prompt": "What?", "objects": ["dog"]} for name in "ab"]
+    rows.append({"image": "c.png", "prompt": "What?", **nothing})
+    pairs = opened(tmp_path, *rows, truths=True)
+    assert [pair.truth for pair in pairs] == [("dog",), ("dog",)]
+    assert "has no true answer" in pairs.skipped[0].reason
+    assert len(opened(tmp_path, *rows)) == 3
 
 
 def test_batches_of_prompts_have_empty_responses(llava: VisionLanguage, tmp_path: Path) -> None:

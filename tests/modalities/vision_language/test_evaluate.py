@@ -7,14 +7,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from mmalign.commands import evaluate as evaluate_module
 from mmalign.commands import gallery, train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
+from mmalign.evaluation.annotations import Question
+from mmalign.evaluation.benchmarks.base import Benchmark, Item, RatedAnswer
 from mmalign.families.vlm.model import ImageTextToText
-from mmalign.modalities.vision_language.evaluate import read_best, read_metrics
+from mmalign.modalities.vision_language.evaluate import judge_answers, read_best, read_metrics
 from tests.helpers import Folders, data_files, recipes
 from tests.helpers.data_files import write_jsonl
 
@@ -349,3 +352,22 @@ def test_metrics_of_written_answers(content: Content, images: Path, log_lines: l
     assert json.loads(json.dumps(before.as_dict())) == results["measures"]["CHAIR"]["before"]
     assert json.loads(json.dumps(after.as_dict())) == results["measures"]["CHAIR"]["after"]
     assert len(after.keys) == 3
+
+
+def test_a_question_of_several_parts_is_judged_once() -> None:
+    """Else its answers would be compared with themselves."""
+
+    def item(number: int, text: str) -> Item:
+        return Item(Question(number, "a.png", text, None), "", lambda answer: RatedAnswer(answer, 0.0, ""))
+
+    parts = {"random": [item(0, "a dog?"), item(1, "a cat?")], "popular": [item(0, "a dog?")]}
+    benchmark = Benchmark(parts, lambda _: Image.new("RGB", (2, 2)), "", lambda *_: [])
+    said, seen = [{"random": [side, "?"], "popular": [side]} for side in ("yes", "no")], list[tuple[str, str]]()
+
+    def judge(images: Any, prompts: Any, responses: Any, truths: Any = None) -> torch.Tensor:
+        seen.extend(zip(prompts, responses, strict=True))
+        return torch.arange(float(len(prompts)))
+
+    scores = judge_answers(benchmark, said, judge)
+    assert seen == [("a dog?", "yes"), ("a cat?", "?"), ("a dog?", "no"), ("a cat?", "?")]
+    assert scores == [{"random": [0, 1], "popular": [0]}, {"random": [2, 3], "popular": [2]}]
