@@ -20,7 +20,8 @@ from mmalign.training.processes import current_processes
 
 logger = logging.getLogger(__name__)
 
-Judge = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]  # from N images and prompts to scores [N]
+# From N images and prompts to scores [N] by judge
+Judges = Callable[[Sequence[Image.Image], Sequence[str]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,14 @@ class JudgedRow:
     properties: Mapping[str, Sequence[float]]
 
 
-def judge_rows(pairs: Sequence[ImagePair], judges: Mapping[str, Judge], *, batch_size: int) -> list[JudgedRow]:
+def judge_rows(pairs: Sequence[ImagePair], judges: Judges, *, batch_size: int) -> list[JudgedRow]:
     """Score the images of all rows; rows with an unreadable image are left out and named in the log.
 
     The processes of a launch take the batches in turn, so that their number does not change a score.
 
     Args:
         pairs: the rows.
-        judges: the judges by name.
+        judges: the judges, by name.
         batch_size: rows that are scored at a time.
     """
     processes, mine, bad = current_processes(), list[JudgedRow](), list[SkippedRow]()
@@ -54,7 +55,7 @@ def judge_rows(pairs: Sequence[ImagePair], judges: Mapping[str, Judge], *, batch
     return sorted((row for rows, _ in shares for row in rows), key=lambda row: row.number)
 
 
-def _judge_batch(pairs: Mapping[int, ImagePair], judges: Mapping[str, Judge], bad: list[SkippedRow]) -> list[JudgedRow]:
+def _judge_batch(pairs: Mapping[int, ImagePair], judges: Judges, bad: list[SkippedRow]) -> list[JudgedRow]:
     """Score the images of some rows; the reasons for skipped rows go to `bad`."""
     decoded = dict[int, list[Image.Image]]()
     for number, pair in pairs.items():
@@ -66,7 +67,7 @@ def _judge_batch(pairs: Mapping[int, ImagePair], judges: Mapping[str, Judge], ba
         return []
     images = [image for row in decoded.values() for image in row]
     prompts = [pairs[number].prompt for number, row in decoded.items() for _ in row]
-    scores = {name: judge(images, prompts).tolist() for name, judge in judges.items()}
+    scores = {name: values.tolist() for name, values in judges(images, prompts).items()}
     # Back to rows
     rows, start = list[JudgedRow](), 0
     for number, row in decoded.items():

@@ -25,7 +25,7 @@ from mmalign.data.loaders.sampler import EpochSampler
 from mmalign.data.pairs import ImagePair, output_names
 from mmalign.doctor.corpus import NotChecked, RecipeInputs
 from mmalign.evaluation.benchmarks import judge
-from mmalign.evaluation.judged_rows import Judge, judge_rows
+from mmalign.evaluation.judged_rows import judge_rows
 from mmalign.evaluation.metrics import SIDES
 from mmalign.families import image_judge
 from mmalign.families.image_judge import NOT_COMPILED, ImageJudge
@@ -36,6 +36,7 @@ from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check
 from mmalign.pages.examples import DataView, ExampleSide, TrainingExample
 from mmalign.policy import Policy
+from mmalign.rewards import RewardModel
 from mmalign.training.processes import current_processes
 
 if TYPE_CHECKING:
@@ -177,35 +178,34 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
     """
     section = recipe.evaluate
     assert isinstance(section, EvaluateJudge) and splits is not None and splits[1] is not None
-    pairs, batch_size, others = splits[1], recipe.train.batch_size, dict[str, Judge]()
+    pairs, batch_size, other = splits[1], recipe.train.batch_size, None
     if section.reward is not None:
         # Scores of several processes are not stored: each judges images of its own
         scores = Path(recipe.output) / "scores" if current_processes().size == 1 else None
         allow_pickle = recipe.allow_pickle
-        model = loading.build_reward_model(section.reward, device, allow_pickle=allow_pickle, scores=scores)
-        others[judge.OTHER] = model
+        other = loading.build_reward_model(section.reward, device, allow_pickle=allow_pickle, scores=scores)
         if loading.comparing_parts(section.reward):
             batch_size = 1  # its scores compare the images of a call
 
     def measure(policy: Policy[ImageJudge], *_: object) -> Result:
-        judges = {side: partial(_scores, policy, side) for side in SIDES}
-        rows = judge_rows(pairs, {**judges, **others}, batch_size=batch_size)
+        rows = judge_rows(pairs, partial(_scores, policy, other), batch_size=batch_size)
         return judge.audit(judge.compare_images(pairs, rows), section.bins)
 
     return measure
 
 
 @torch.no_grad()
-def _scores(policy: Policy[ImageJudge], side: str, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-    """Return the scores [N] of images by the judge before or after training."""
+def _scores(
+    policy: Policy[ImageJudge], other: RewardModel | None, images: Sequence[Image.Image], prompts: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return the scores [N] of images by the judge before and after training, and by another one."""
     family = policy.family
-    pixels = torch.stack([family.preprocess(image) for image in images]).to(family.loading.device)
-    run: Callable[..., Tensor] = partial(family.score, images=pixels, text=family.tokens(prompts))
-    if side == SIDES[1]:
-        return run(policy.unwrapped)
+    inputs = family.inputs(torch.stack([family.preprocess(image) for image in images]))
+    run: Callable[..., Tensor] = partial(family.score, images=inputs, text=family.text_inputs(prompts))
     before = policy.on_reference(run)
     assert before is not None
-    return before
+    scores = dict(zip(SIDES, (before, run(policy.unwrapped)), strict=True))
+    return scores if other is None else {**scores, judge.OTHER: other(images, prompts)}
 
 
 MODALITY = replace(
