@@ -1,4 +1,4 @@
-"""What methods share that learn from outputs of the policy: parts of a batch, and what the log says of the rewards.
+"""Parts of a batch and summaries of rewards, for methods that learn from outputs of the policy.
 
 B prompts, K outputs of each.
 """

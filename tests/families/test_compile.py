@@ -46,7 +46,7 @@ def learned(recipe: dict[str, Any]) -> tuple[list[float], dict[str, int]]:
 @pytest.mark.slow
 @needs_compiler
 def test_a_compiled_denoiser_learns_the_same(tiny_sd15: Path, tmp_path: Path) -> None:
-    """With a frozen copy; activations are computed again, too."""
+    """The reference is a frozen copy, and activations are recomputed."""
     check_denoiser("full", tiny_sd15, tmp_path)
 
 

@@ -43,7 +43,7 @@ def test_batch_scale_is_of_all_weighted_rewards() -> None:
 
 
 def test_equal_rewards_have_no_advantage() -> None:
-    """In float32 the mean of three times 0.1 is not 0.1, and an ulp over 1e-4 would still be an advantage."""
+    """Equal rewards of 0.1, whose mean in float32 is not 0.1: an ulp over 1e-4 would still be an advantage."""
     rewards = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.2, 0.1]])
     assert informative(rewards).tolist() == [False, True]
     scales: tuple[Scale, ...] = ("group", "batch", "none")

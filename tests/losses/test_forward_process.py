@@ -47,7 +47,7 @@ def test_inputs_are_the_specification_s() -> None:
 
 @pytest.mark.parametrize("beta", [1.0, 0.1])
 def test_weighted_nft_is_the_release_s(beta: float) -> None:
-    """Of flow matching, an error of x_0 is t times one of v; the release multiplies by the bound of the advantages."""
+    """An error of x_0 is t times one of v in flow matching; the release multiplies by the bound of the advantages."""
     released = VALUES[f"nft beta={'1' if beta == 1 else '.1'}"]
     for i in range(4):
         new, old = (T * (v - TARGET)[i].view(1, 1, -1) for v in (NEW, OLD))

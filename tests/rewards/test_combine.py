@@ -94,7 +94,7 @@ def test_responses_are_combined_as_images_are(combine: str) -> None:
 
 
 def test_standard_scores_of_a_prompt_are_gdpo_s() -> None:
-    """Of two images each judge gives -1 and 1, whatever its scores; deviations have 1e-4 added."""
+    """Each judge of two images gives -1 and 1, whatever its scores; deviations have 1e-4 added."""
     assert together("group_zscore") == pytest.approx([-1, 1, -3, 3], rel=2e-4)
     weak = torch.stack([SCORES[0], torch.tensor([5.0, 5.0, 0.0, 1.0], dtype=torch.float64)])
     assert together("group_zscore", weak) == pytest.approx([-2, 2, -3, 3], rel=4e-4)

@@ -85,7 +85,7 @@ def test_labels_choose_ties_are_counted_and_nonsense_is_dropped(tmp_path: Path) 
 
 
 def test_ties_are_pairs_for_those_who_ask(tmp_path: Path) -> None:
-    """With a preference of 1/2, or that of a column; equal ranks in a longer list say nothing."""
+    """A tie has a preference of 1/2, or that of a column; equal ranks in a longer list say nothing."""
     path = write(tmp_path / "pairs.parquet", [(1.0, 0.0), (0.5, 0.5), (0.3, 0.7)], preference=[None, None, 0.6])
     pairs = open_pairs("pick_a_pic", str(path), labels=["preference"], ties=True)
     assert [pair.label.preference for pair in pairs] == [1.0, 0.5, 0.6] and pairs.ties == 0

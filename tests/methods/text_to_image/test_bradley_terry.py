@@ -95,7 +95,7 @@ def test_a_list_of_two_images_is_a_pair(family: ImageJudge) -> None:
 
 
 def test_the_ranking_of_a_list_is_drawn_best_first(family: ImageJudge) -> None:
-    """Of three images without ties: -log of the softmax over all, then over the other two; the second list has two."""
+    """The loss of three images without ties is -log of the softmax over all, then over two; the second list has two."""
     scores = torch.tensor([[3.0, 2.0, 1.0], [2.0, 1.0, torch.nan], [1.0, 1.0, 0.0]])
     step = judged(learning(family), rows(family, list(range(9)), scores), LISTS)
     with torch.no_grad():

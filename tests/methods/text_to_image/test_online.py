@@ -161,7 +161,7 @@ def test_parts_of_a_batch_are_the_whole(sd: TextToImage) -> None:
 
 
 def test_the_company_of_a_prompt_changes_neither_its_images_nor_its_advantages(sd: TextToImage) -> None:
-    """With the scale of the group. Rounding differs between batch sizes, and the judge sees 8 bits."""
+    """Advantages have the scale of the group. Rounding differs between batch sizes, and the judge sees 8 bits."""
     cfg, policy = config("awm", advantages={"scale": "group"}), full(sd)
     together, alone = (made("awm", policy, prompts(sd, rows=rows), cfg)[1] for rows in (ROWS[:3], ROWS[1:2]))
     rows = torch.arange(9).view(3, 3)[:, 1]

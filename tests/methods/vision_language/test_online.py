@@ -112,7 +112,7 @@ def test_with_two_answers_online_dpo_is_dpo_on_that_pair(llava: VisionLanguage, 
 
 
 def test_ipo_md_generates_from_the_mixture(llava: VisionLanguage, questions: Path) -> None:
-    """With nearly all of the reference's logits the answers are those of the reference."""
+    """The answers are the reference's if nearly all of the logits are."""
     policy, given = adapted(llava, moved=0.5), batch(llava, questions)
     cfg = configured(online_dpo, answers=2, loss="ipo", mixture=0.999)
     assert methods.requirements_of(cfg).reference and cfg.mean

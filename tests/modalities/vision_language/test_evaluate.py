@@ -355,7 +355,7 @@ def test_metrics_of_written_answers(content: Content, images: Path, log_lines: l
 
 
 def test_a_question_of_several_parts_is_judged_once() -> None:
-    """Else its answers would be compared with themselves."""
+    """Its answers would otherwise be compared with themselves."""
 
     def item(number: int, text: str) -> Item:
         return Item(Question(number, "a.png", text, None), "", lambda answer: RatedAnswer(answer, 0.0, ""))
