@@ -126,14 +126,7 @@ def write_page(
     measured = measured or [entry.scores for entry in entries]
     counts, shares = tally(measured), _tally_benchmarks(measured, benchmarks)
     atomic_io.make_folder("gallery", folder / "images")
-    # Images
-    records = []
-    for index, entry in enumerate(entries):
-        names = {key: f"images/{index:04d}-{key.removesuffix('_image')}.png" for key in entry.images}
-        for key, image in entry.images.items():
-            _write(folder / names[key], _encode(image, "PNG"))
-        records.append(_record(entry, names))
-    # Grid and page
+    records = _write_images(folder, entries)
     picture, lines, chosen = _draw_picture(entries, layout, counts, shares, title, score_name, summary)
     _write(folder / "gallery.png", encode_grid(picture, lines))
     page = _page(
@@ -148,7 +141,6 @@ def write_page(
         provenance=provenance,
     )
     _write(folder / "index.html", page.encode())
-    # Manifest
     manifest = {
         "title": title,
         "score": score_name,
@@ -250,6 +242,17 @@ def headline(summary: Sequence[Sequence[str]]) -> str:
     estimate, bracket, interval = change_cell.partition(" [")
     points = " points" if unit else ""
     return f"{name[:1].upper()}{name[1:]}: {values[0]} instead of {values[1]} ({estimate}{points}{bracket}{interval})."
+
+
+def _write_images(folder: Path, entries: Sequence[GalleryEntry]) -> list[dict[str, object]]:
+    """Write the images of all entries, and return the entries' records for the manifest."""
+    records = []
+    for index, entry in enumerate(entries):
+        names = {key: f"images/{index:04d}-{key.removesuffix('_image')}.png" for key in entry.images}
+        for key, image in entry.images.items():
+            _write(folder / names[key], _encode(image, "PNG"))
+        records.append(_record(entry, names))
+    return records
 
 
 def _page(entries: Sequence[GalleryEntry], layout: PageLayout, counts: Mapping[Kind, int], **texts: object) -> str:

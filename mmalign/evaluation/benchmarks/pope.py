@@ -105,22 +105,14 @@ def build(
     # Questions: each present object, then an absent one
     questions: list[Question] = []
     for image, objects in chosen.items():
-        excluded = set(objects)
-        keys = KeyedRNG(seed).uniform([_row(image)], (len(candidates),), "pope: absent object")[0].tolist()
-        at_random = [name for _, name in sorted(zip(keys, candidates, strict=True))]
-        if len(set(candidates) - excluded) < objects_per_image:
+        if len(set(candidates) - set(objects)) < objects_per_image:
             raise ValueError(
                 f"pope: image {image} has {len(objects)} of {len(candidates)} objects, fewer than {objects_per_image} "
                 "are absent; give more objects under `names`, or fewer `objects_per_image`"
             )
-        for present in objects[:objects_per_image]:
-            ranked = {
-                "random": at_random,
-                "popular": by_popularity,
-                "adversarial": [name for name in companions.get(present, ()) if name in candidates] + at_random,
-            }[split]
-            absent = next(name for name in ranked if name not in excluded)
-            excluded.add(absent)
+        orders = {"random": _shuffled(candidates, image, seed), "popular": by_popularity}
+        asked = objects[:objects_per_image]
+        for present, absent in zip(asked, _absent(asked, objects, orders, companions, split), strict=True):
             for name, answer in ((present, True), (absent, False)):
                 text = template.format(f"{article(name)} {name}")
                 questions.append(Question(len(questions) + 1, image, text, answer))
@@ -367,6 +359,29 @@ def _companions(images: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         for name in objects:
             companions.setdefault(name, Counter()).update(other for other in objects if other != name)
     return {name: [other for other, _ in others.most_common()] for name, others in companions.items()}
+
+
+def _absent(
+    asked: Sequence[str],
+    objects: Sequence[str],
+    orders: Mapping[str, Sequence[str]],
+    companions: Mapping[str, Sequence[str]],
+    split: Split,
+) -> list[str]:
+    """Return an absent object for each present one that is asked for, all different, in the order of the split."""
+    excluded, absent, candidates = set(objects), list[str](), set(orders["random"])
+    for present in asked:
+        close = [name for name in companions.get(present, ()) if name in candidates]
+        ranked = [*close, *orders["random"]] if split == "adversarial" else orders[split]
+        absent.append(next(name for name in ranked if name not in excluded))
+        excluded.add(absent[-1])
+    return absent
+
+
+def _shuffled(names: Sequence[str], image: str, seed: int) -> list[str]:
+    """Return names in a random order that depends on the seed and the image alone."""
+    keys = KeyedRNG(seed).uniform([_row(image)], (len(names),), "pope: absent object")[0].tolist()
+    return [name for _, name in sorted(zip(keys, names, strict=True))]
 
 
 def _row(image: str) -> int:

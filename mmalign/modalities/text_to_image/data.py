@@ -115,13 +115,12 @@ def build_data_module(
     open_all = partial(open_loaders, splits=splits, accelerator=accelerator, batch_size=batch_size, seed=seed)
     _warn_truncated(family, sources)
     # Prompts alone, for methods that generate their images
+    unused = [] if text is not None else list(encoders.values())
     if shapes is None:
         shape = tuple(family.encode_images(torch.zeros(1, 3, size.height, size.width)).mean.shape[1:])
         encode = partial(encoder.encode_prompts, size=size, shape=shape)
         about = f"{len(splits[0]):,} prompts from {splits[0].source}."
-        family.place(
-            family.network, *([vae] if needs.vae_decoder else []), *(encoders.values() if text is None else [])
-        )
+        family.place(family.network, *([vae] if needs.vae_decoder else []), *unused)
         return DataModule(encode, *open_all(PromptReader()), about, text=text)
 
     # Latents, cached or encoded in every batch
@@ -134,23 +133,11 @@ def build_data_module(
         if spec is not None:
             inputs = {**latents.fingerprint, **text.fingerprint, "flip": data.flip, "seed": seed}
             precompute_cache = _open_precomputed(family, cache_folder(data, output), spec, inputs)
-    encoding = [vae] if latents is None or needs.vae_decoder else []
-    family.place(family.network, *encoding, *(encoders.values() if text is None else []))
+    family.place(family.network, *([vae] if latents is None or needs.vae_decoder else []), *unused)
     reader = ImagePairReader(shapes, transform, seed, latents, spec.num_draws if spec is not None else None)
-    return DataModule(
-        encoder.encode,
-        *open_all(
-            reader,
-            num_workers=data.num_workers,
-            max_bad=data.max_bad,
-            shapes_of=shapes.of_all,
-            liked_share=needs.liked_share,
-        ),
-        summarize(splits),
-        precompute_cache,
-        latents=latents,
-        text=text,
-    )
+    open_all = partial(open_all, num_workers=data.num_workers, max_bad=data.max_bad, liked_share=needs.liked_share)
+    loaders = open_all(reader, shapes_of=shapes.of_all)
+    return DataModule(encoder.encode, *loaders, summarize(splits), precompute_cache, latents=latents, text=text)
 
 
 def _open_precomputed(

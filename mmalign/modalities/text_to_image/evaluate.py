@@ -97,17 +97,10 @@ def compare_images(
         best = choose_best(policy, prompts, seeds, images["before"], section, chooser, caches[0], sources)
         images |= {f"best-of-{n}": chosen for n, chosen in best.items()}
 
-    # Measurements and files
-    records: dict[str, list[Sample]] = {side: [{} for _ in prompts] for side in images}
-    if reward_model is not None:  # in one call, so that votes compare all images of a prompt
-        judged = [image for side_images in images.values() for image in side_images]
-        rewards = reward_model(judged, prompts * len(images)).tolist()
-        for record, reward in zip((x for side in images for x in records[side]), rewards, strict=True):
-            record.update(judged=reward, score=reward, note="")
-    # Images of one prompt are compared if they edit one source
+    # Measurements and files; images of one prompt are compared if they edit one source
     groups = prompts if sources is None else [f"{p} ({ref.key})" for p, ref in zip(prompts, sources, strict=True)]
+    records = _measure(section, images, groups, prompts, reward_model)
     for side, side_images in images.items():
-        _measure(section, side_images, groups, records[side])
         (folder / side).mkdir()
         for index, image in enumerate(side_images):
             image.save(folder / side / f"{index:05d}.png")
@@ -154,17 +147,26 @@ def _prompts_and_seeds(section: EvaluateImages) -> tuple[list[Prompt], list[int]
 
 def _measure(
     section: EvaluateImages,
-    images: Sequence[Image.Image],
+    images: Mapping[str, Sequence[Image.Image]],
+    groups: Sequence[str],
     prompts: Sequence[str],
-    records: Sequence[dict[str, Any]],
-) -> None:
-    """Add the measurements of one model's images to their records: distances, and checks of scenes."""
-    if section.images_per_prompt > 1:
-        for record, distance in zip(records, diversity.pixel_distances(images, prompts), strict=True):
-            record["apart"] = distance
-    if section.benchmark == "scenes":
-        for record, truth in zip(records, scenes.check_scenes(images, prompts), strict=True):
-            record.update(score=sum(truth.values()) / len(truth), note=scenes.describe(truth), parts=truth)
+    reward_model: RewardModel | None,
+) -> dict[str, list[Sample]]:
+    """Return the measurements of the images of every side: rewards, distances in a group, and checks of scenes."""
+    records: dict[str, list[Sample]] = {side: [{} for _ in prompts] for side in images}
+    if reward_model is not None:  # in one call, so that votes compare all images of a prompt
+        judged = [image for side_images in images.values() for image in side_images]
+        rewards = reward_model(judged, list(prompts) * len(images)).tolist()
+        for record, reward in zip((x for side in images for x in records[side]), rewards, strict=True):
+            record.update(judged=reward, score=reward, note="")
+    for side, side_images in images.items():
+        if section.images_per_prompt > 1:
+            for record, distance in zip(records[side], diversity.pixel_distances(side_images, groups), strict=True):
+                record["apart"] = distance
+        if section.benchmark == "scenes":
+            for record, truth in zip(records[side], scenes.check_scenes(side_images, prompts), strict=True):
+                record.update(score=sum(truth.values()) / len(truth), note=scenes.describe(truth), parts=truth)
+    return records
 
 
 def _compare(benchmark: str, samples: Sequence[Sample]) -> tuple[dict[str, Any], Table]:
