@@ -14,7 +14,7 @@ without a cache. Precomputed reference scores (`PrecomputeSpec.scores`) replace 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
@@ -39,11 +39,14 @@ class Step:
         losses: one loss per pair [B].
         weights: weights of the pairs [B]; 0 for padding. The loop divides by their sum over an accumulated update.
         metrics: values [B] by name, averaged for the log with the same weights; "loss" is one of them.
+        summary: values by name, one for each real row of the batch, averaged for the log without weights. They say what
+            was generated, also for rows that nothing is learned from.
     """
 
     losses: Tensor
     weights: Tensor
     metrics: dict[str, Tensor]
+    summary: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,16 @@
 """Parts of a batch and summaries of rewards, for methods that learn from outputs of the policy.
 
-B prompts, K outputs of each.
+B prompts, K outputs of each; R prompts are no padding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from mmalign.losses.advantages import informative
-from mmalign.methods import Contrasts, Step
+from mmalign.methods import Contrasts
 
 
 def parts(number: int, size: int | None) -> list[slice]:
@@ -34,13 +31,11 @@ def count_contrasts(times: int, outputs: int, size: int | None, number: int) -> 
     return Contrasts(times * len(parts(number, size)), math.ceil(min(number, size or number) * outputs / 2))
 
 
-def summarize_rewards(rewards: Tensor, real: Tensor) -> dict[str, float]:
-    """Return means of rewards [B, K] for the log, over the prompts in the mask [B]; 0 without any."""
+def summarize_rewards(rewards: Tensor, real: Tensor) -> dict[str, Tensor]:
+    """Return what the log says of rewards [B, K]: values [R] of the prompts in the mask [B]."""
     judged = rewards[real]
-    means = {"reward": judged, "reward spread": judged.std(1), "equal rewards": (~informative(judged)).float()}
-    return {name: float(values.mean().nan_to_num()) for name, values in means.items()}
-
-
-def with_summary(step: Step, summary: Mapping[str, float]) -> Step:
-    """Return a step with the means of its batch's generation among its metrics."""
-    return replace(step, metrics=step.metrics | {name: torch.full_like(step.losses, x) for name, x in summary.items()})
+    return {
+        "reward": judged.mean(1),
+        "reward spread": judged.std(1),
+        "equal rewards": (~informative(judged)).to(judged.dtype),
+    }

@@ -200,12 +200,14 @@ class _GradientAccumulator:
         count: contrasts so far.
         used: true after an update in this epoch.
         empty: batches since the last batch with an update.
+        summaries: sum and number of each summary since the last update, also of contrasts without weight.
     """
 
     def __init__(self, policy: Policy, train_state: TrainState) -> None:
         self.model, self.train_state = policy.model, train_state
         self.parameters: list[nn.Parameter] = policy.trainable()  # a list: an exhausted iterator would never be clipped
         self.used, self.empty = False, 0
+        self.summaries = dict[str, Tensor]()
         self._clear()
 
     def _clear(self) -> None:
@@ -257,6 +259,9 @@ class _GradientAccumulator:
         self.locations.append((location, torch.isfinite(step.losses.detach().where(step.weights > 0, 0)).all()))
         for name, values in step.metrics.items():
             self.sums[name] = self.sums.get(name, 0) + (values * step.weights).sum()
+        for name, values in step.summary.items():
+            of_rows = torch.stack([values.sum(), values.new_full((), len(values))])
+            self.summaries[name] = self.summaries.get(name, 0) + of_rows
 
     def guarded_update(self, step: int) -> Metrics | None:
         """Update, or leave a bad update out if the guard skips it: log it, drop its gradients, and return None.
@@ -281,17 +286,20 @@ class _GradientAccumulator:
     def update(self, step: int) -> Metrics | None:
         """Divide by the global weight, clip and step; return the update's mean metrics over all processes.
 
-        If no row of any process has weight, return None without a step, which would follow momentum alone.
+        If no row of any process has weight, return None without a step, which would follow momentum alone. What the
+        rows' summaries say is then in the metrics of the next update.
 
         Raises:
             BadUpdateError: a loss of any process, or the gradient, is not finite or beyond the guard's limits.
         """
         train_state, accelerator = self.train_state, self.train_state.accelerator
         # Flag for non-finite losses, weight and sums of metrics, reduced in one call
-        names = sorted(self.sums)
+        names, told = sorted(self.sums), sorted(self.summaries)
         assert isinstance(self.weight, Tensor), "a window has a contrast"
         bad = torch.stack([~finite for _, finite in self.locations]).any().to(self.weight.dtype)
-        mine = torch.stack([bad, self.weight, *(self.sums[n] for n in names)])
+        mine = torch.stack(
+            [bad, self.weight, *(self.sums[n] for n in names), *(x for n in told for x in self.summaries[n])]
+        )
         packed = accelerator.reduce(mine, reduction="sum")
         broken, weight = packed[:2].tolist()
         if broken:
@@ -328,6 +336,7 @@ class _GradientAccumulator:
         if train_state.ema is not None:
             train_state.ema.update(self.parameters, step + 1)
         self._clear()
-        self.used = True
-        metrics = dict(zip(names, packed[2:] / total, strict=True))
+        self.used, self.summaries = True, {}
+        sums, of_rows = packed[2 : 2 + len(names)] / total, packed[2 + len(names) :].view(-1, 2)
+        metrics = dict(zip([*names, *told], [*sums, *(of_rows[:, 0] / of_rows[:, 1])], strict=True))
         return metrics | {"gradient norm": norm, "lr": torch.tensor(rate)}

@@ -46,4 +46,6 @@ def _measure(run: TrainingRun, config: MethodConfig, batches: Iterable[Any], see
             step = run.method.loss(bare, contrast, config)
             for name, metric in {**step.metrics, "loss": step.losses}.items():
                 values.setdefault(name, []).extend(metric[step.weights > 0].tolist())
+            for name, metric in step.summary.items():
+                values.setdefault(name, []).extend(metric.tolist())
     return values

@@ -52,7 +52,8 @@ class Regression:
         self.seen.append(("loss", contrast.rows, None, policy.model.training, torch.is_grad_enabled(), None))
         offset = policy.memory[self.offset] if self.offset else 0.0
         losses = self.spoil(contrast, (policy.model(contrast.x)[:, 0] - contrast.y - offset).square())
-        return Step(losses, contrast.weights, {"loss": losses.detach(), "row": torch.tensor(contrast.rows).float()})
+        rows = torch.tensor(contrast.rows).float()
+        return Step(losses, contrast.weights, {"loss": losses.detach(), "row": rows}, {"read": rows})
 
 
 def data(sizes: list[int], weights: list[float] | None = None, seed: int = 0) -> list[Batch]:

@@ -25,6 +25,7 @@ def test_accumulated_micro_batches_are_one_big_batch(start: Callable[..., Run], 
     assert resting
     assert metrics["loss"] == pytest.approx(float(errors @ whole.weights / whole.weights.sum()), rel=1e-5)
     assert metrics["row"] == pytest.approx((0 + 0.5 * 1 + 2 * 2 + 6 + 3 * 7) / 7.5)
+    assert metrics["read"] == pytest.approx(28 / 8)  # a summary counts all rows alike
     assert metrics["gradient norm"] == pytest.approx(float(by_hand(whole, START).norm()), rel=1e-5)
 
 
@@ -134,3 +135,11 @@ def test_an_update_of_padding_alone_does_not_move_by_momentum(start: Callable[..
     assert torch.equal(flat(run.net), flat(without.net))
     assert run.progress == Progress(2, 0, 3)  # the padding was read, and is no update
     assert [p.step for p, _, _ in run.said] == [1, 2]
+
+
+def test_rows_without_weight_are_in_the_next_summary(start: Callable[..., Run]) -> None:
+    """The windows of batches 2 and 3 are no updates; the second update tells of rows 2 to 7, learning from 6 and 7."""
+    run = start()
+    run(Regression(), of(data([2, 2, 2, 2, 2], weights=[1.0, 1, 0, 0, 0, 0, 1, 1, 1, 1])), steps=3)
+    assert [metrics["read"] for _, metrics, _ in run.said] == [0.5, 4.5, 8.5]
+    assert [metrics["row"] for _, metrics, _ in run.said] == [0.5, 6.5, 8.5]

@@ -29,7 +29,7 @@ from mmalign.diffusion.noise import mean_square
 from mmalign.families.base import TextToImage
 from mmalign.losses.advantages import advantages, informative
 from mmalign.methods import Requirements, Step
-from mmalign.methods._generated import count_contrasts, parts, summarize_rewards, with_summary
+from mmalign.methods._generated import count_contrasts, parts, summarize_rewards
 from mmalign.methods.text_to_image._denoising import NoisedPairs
 from mmalign.methods.text_to_image._images import batch_predictor, judge_images, policy_walk
 from mmalign.policy import Policy
@@ -43,12 +43,12 @@ EQUAL_REWARDS = (
 
 @dataclass(frozen=True)
 class Generated:
-    """Generated images of a batch: latents [K, B, C, H, W], rewards [B, K], weights [B], and means for the log."""
+    """Generated images of a batch: latents [K, B, C, H, W], rewards [B, K], weights [B], and the step's summary."""
 
     latents: Tensor
     rewards: Tensor
     weights: Tensor
-    summary: Mapping[str, float]
+    summary: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Contrast:
         reference: the reference's prediction [KB, C, H, W]; None without a reference.
         advantages: [B, K].
         weights: weights of the prompts [B]; 0 if all their rewards are equal.
-        summary: means of the batch for the log.
+        summary: the step's, of all prompts of the batch.
     """
 
     view: NoisedPairs
@@ -69,7 +69,7 @@ class Contrast:
     reference: Tensor | None
     advantages: Tensor
     weights: Tensor
-    summary: Mapping[str, float]
+    summary: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def by_prompt(values: Tensor, number: int) -> Tensor:
 
 
 def online_step(losses: Tensor, errors: Errors, contrast: Contrast) -> Step:
-    """Return the step of losses [B], with the means of the batch as metrics.
+    """Return the step of losses [B], with the change of the errors as metrics.
 
     "gain" is by how much more the error of better images fell since generation: the mean of advantage times fall.
     """
@@ -215,4 +215,4 @@ def online_step(losses: Tensor, errors: Errors, contrast: Contrast) -> Step:
         own = {"output error": errors.policy, "gain": gain, "shift": errors.shift}
         own |= {"drift": errors.drift} if contrast.reference is not None else {}
         metrics = {"loss": losses.detach(), **{name: values.mean(1).detach() for name, values in own.items()}}
-    return with_summary(Step(losses, contrast.weights, metrics), contrast.summary)
+    return Step(losses, contrast.weights, metrics, contrast.summary)

@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from mmalign.config.methods import DiffusionOnlineDPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step
-from mmalign.methods._generated import parts, with_summary
+from mmalign.methods._generated import parts
 from mmalign.methods._pair_memory import pair_memory
 from mmalign.methods.text_to_image import _denoising, diffusion_dpo
 from mmalign.methods.text_to_image._denoising import denoising_scores
@@ -32,10 +33,10 @@ from mmalign.rng import KeyedRNG
 
 @dataclass(frozen=True)
 class Contrast:
-    """Noised best and worst images, and means of the batch for the log."""
+    """Noised best and worst images, and the step's summary of all prompts of the batch."""
 
     pairs: _denoising.Contrast
-    summary: Mapping[str, float]
+    summary: Mapping[str, Tensor]
 
 
 def requirements(cfg: Config) -> Requirements:
@@ -58,4 +59,4 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, r
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the pair loss on the denoising scores of policy and reference."""
-    return with_summary(diffusion_dpo.loss(policy, contrast.pairs, cfg), contrast.summary)
+    return replace(diffusion_dpo.loss(policy, contrast.pairs, cfg), summary=contrast.summary)

@@ -32,7 +32,7 @@ from mmalign.families.types import Conditioning
 from mmalign.losses.advantages import advantages
 from mmalign.losses.policy_gradient import clipped, is_clipped
 from mmalign.methods import Requirements, Step
-from mmalign.methods._generated import parts, with_summary
+from mmalign.methods._generated import parts
 from mmalign.methods.text_to_image._images import policy_walk, predict_guided
 from mmalign.methods.text_to_image._online import (
     Generated,
@@ -76,7 +76,7 @@ class Contrast:
         reference: the reference's; None without a reference.
         advantages: [B, K].
         weights: weights of the prompts [B]; 0 if all their rewards are equal.
-        summary: means of the batch for the log.
+        summary: the step's, of all prompts of the batch.
     """
 
     view: Transitions
@@ -84,7 +84,7 @@ class Contrast:
     reference: Gaussian | None
     advantages: Tensor
     weights: Tensor
-    summary: Mapping[str, float]
+    summary: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -180,4 +180,4 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
         own["kl"] = kl.detach()
     losses = losses.mean(1)
     metrics = {"loss": losses.detach(), **{name: values.mean(1) for name, values in own.items()}}
-    return with_summary(Step(losses, contrast.weights, metrics), contrast.summary)
+    return Step(losses, contrast.weights, metrics, contrast.summary)

@@ -21,8 +21,8 @@ B prompts, K candidates, P pairs, M latents that steps start from; C, H, W a lat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
 from typing import NamedTuple
@@ -90,12 +90,12 @@ class Transitions:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Pairs of steps, the reference's scores of them, weights [P], and the share of comparisons that gave a pair."""
+    """Pairs of steps, the reference's scores of them, weights [P], and the step's summary: the sure comparisons."""
 
     view: Transitions
     reference: Scores | None
     weights: Tensor
-    confident_fraction: float
+    summary: Mapping[str, Tensor]
 
 
 def requirements(cfg: Config) -> Requirements:
@@ -117,18 +117,19 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, r
     """
     # Pairs of all steps, in random order
     pairs = list(preferred_steps(policy, batch, cfg, rng))
-    num_comparisons = (cfg.steps - cfg.start) * int((batch.weights > 0).sum())
+    number = torch.tensor([pair.prompt for pair in pairs], dtype=torch.long).bincount(minlength=len(batch.rows))
+    summary = {"sure": (number / (cfg.steps - cfg.start)).to(batch.weights)[batch.weights > 0]}
     order = rng.uniform(batch.rows, (cfg.steps,), "order")
     pairs.sort(key=lambda pair: float(order[pair.prompt, pair.step_index]))
     # Contrasts of up to B pairs
     rest, full = iter(pairs), list[Contrast]()
     while chunk := list(islice(rest, len(batch.rows))):
-        full.append(_contrast(policy, batch, cfg, chunk, 1.0, len(pairs) / num_comparisons))
+        full.append(_contrast(policy, batch, cfg, chunk, 1.0, summary))
     nowhere = torch.zeros(1, *batch.shape, device=batch.weights.device)
     nothing = [Preferred(0, cfg.start, nowhere, nowhere.repeat(2, 1, 1, 1))]
     # Empty contrasts come first: a checkpoint is written after an update, when no contrast of the batch is left.
     lacking = cfg.steps - cfg.start - len(full)
-    return [_contrast(policy, batch, cfg, nothing, 0.0, 0.0) for _ in range(lacking)] + full
+    return [_contrast(policy, batch, cfg, nothing, 0.0, summary) for _ in range(lacking)] + full
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
@@ -139,8 +140,8 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     with torch.no_grad():
         ratios = torch.stack([(policy_scores[side] - reference_scores[side]).exp() for side in ("chosen", "rejected")])
         clipped = ((ratios - 1).abs() > cfg.clip).float().mean(0)
-        more = {"clipped": clipped, "sure": torch.full_like(clipped, contrast.confident_fraction)}
-    return preference_step(link, cfg.beta, policy_scores, reference_scores, contrast.weights, more)
+    step = preference_step(link, cfg.beta, policy_scores, reference_scores, contrast.weights, {"clipped": clipped})
+    return replace(step, summary=contrast.summary)
 
 
 def step_scores(family: TextToImage, cfg: Config, view: Transitions, net: nn.Module) -> Scores:
@@ -187,7 +188,12 @@ def best_and_worst(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor, Te
 
 
 def _contrast(
-    policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, pairs: list[Preferred], weight: float, sure: float
+    policy: Policy[TextToImage],
+    batch: EncodedPrompts,
+    cfg: Config,
+    pairs: list[Preferred],
+    weight: float,
+    summary: Mapping[str, Tensor],
 ) -> Contrast:
     """Return a contrast of the pairs, with the reference's scores."""
     # Index of every pair's first and last start among all M starts
@@ -210,7 +216,7 @@ def _contrast(
         to=torch.stack([pair.to for pair in pairs], 1).flatten(0, 1),
     )
     reference_scores = policy.on_reference(partial(step_scores, policy.family, cfg, view))
-    return Contrast(view, reference_scores, torch.full((len(pairs),), weight, device=device), sure)
+    return Contrast(view, reference_scores, torch.full((len(pairs),), weight, device=device), summary)
 
 
 def _branches(

@@ -48,14 +48,14 @@ class Answered:
         rows: the questions with their answers, K lists [B].
         rewards: [B, K].
         weights: weights of the questions [B].
-        summary: means of the batch for the log.
+        summary: the step's, of all questions of the batch.
     """
 
     batch: EncodedResponses
     rows: list[list[TokenizedResponse]]
     rewards: Tensor
     weights: Tensor
-    summary: Mapping[str, float]
+    summary: Mapping[str, Tensor]
 
     def parts(self, size: int | None) -> list[range]:
         """Return the questions of each contrast, at most `size` of them, as indices in the batch."""
@@ -117,9 +117,9 @@ def answer(
     weights = batch.weights * informative(rewards) * usable
     cut = torch.tensor([float(said.is_cut) for said in generated]).view(cfg.answers, number).T
     lengths = torch.tensor([float(len(row.response)) for row in rows]).view(cfg.answers, number).T
-    real, means = batch.weights > 0, {"answer tokens": lengths, "cut answers": cut, "unusable questions": ~usable}
-    summary = summarize_rewards(rewards, real)
-    summary |= {name: float(values.to(real.device)[real].float().mean().nan_to_num()) for name, values in means.items()}
+    real, means = batch.weights > 0, {"answer tokens": lengths.mean(1), "cut answers": cut.mean(1)}
+    means["unusable questions"] = (~usable).float()
+    summary = summarize_rewards(rewards, real) | {name: x.to(real.device)[real] for name, x in means.items()}
     return Answered(batch, [rows[k : k + number] for k in range(0, len(rows), number)], rewards, weights, summary)
 
 

@@ -80,13 +80,13 @@ class Contrast:
     Attributes:
         batch: the responses [2B], or with hallucinated ones [3B].
         shares: the rejected response's share of the loss [B]; None if the batch has no hallucinated responses.
-        metrics: metrics of the generation by name, each [B].
+        summary: the step's summary of the generation.
         reference: the reference's scores.
     """
 
     batch: EncodedResponses
     shares: Tensor | None
-    metrics: dict[str, Tensor]
+    summary: dict[str, Tensor]
     reference: Scores | None
 
     @property
@@ -153,7 +153,7 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     # such metrics and another none.
     left_out = ("hallucinated", "rejected loss") if cfg.mode == "offline" else ()
     other_metrics = {name: value for name, value in step.metrics.items() if not name.startswith(left_out)}
-    return replace(step, metrics={**other_metrics, **contrast.metrics})
+    return replace(step, metrics=other_metrics, summary=contrast.summary)
 
 
 def precompute(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> Scores:
@@ -205,8 +205,8 @@ def _online(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config
         else:
             texts.append(_Texts(pair.chosen, text or pair.rejected))
             weights[number] *= bool(text)
-    metrics = {"tries": tries}
-    return _contrast(policy.family, replace(batch, weights=weights), texts, cfg.gamma, metrics, three=cfg.gamma > 0)
+    summary = {"tries": tries[batch.weights > 0]}
+    return _contrast(policy.family, replace(batch, weights=weights), texts, cfg.gamma, summary, three=cfg.gamma > 0)
 
 
 def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> Contrast:
@@ -232,7 +232,7 @@ def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config,
         if better:
             texts[number] = _Texts(one, other) if better > 0 else _Texts(other, one)
             own[number] = 1.0
-    return _contrast(policy.family, batch, texts, cfg.gamma, {"own pairs": own}, three=False)
+    return _contrast(policy.family, batch, texts, cfg.gamma, {"own pairs": own[batch.weights > 0]}, three=False)
 
 
 class _Sampled(NamedTuple):
@@ -287,13 +287,13 @@ def _contrast(
     batch: EncodedResponses,
     texts: Sequence[_Texts],
     gamma: float,
-    metrics: dict[str, Tensor],
+    summary: dict[str, Tensor],
     *,
     three: bool,
 ) -> Contrast:
     """Return the contrast of these responses, two or three per pair; an unchanged batch is not tokenized again."""
     if not three and list(texts) == [_Texts(pair.chosen, pair.rejected) for pair in batch.pairs]:
-        return Contrast(batch, None, metrics, None)
+        return Contrast(batch, None, summary, None)
     texts = [_trainable(family, pair, text) for pair, text in zip(batch.pairs, texts, strict=True)]
     rows = [_rows(family, batch, pair, text) for pair, text in zip(batch.pairs, texts, strict=True)]
     device, weights = batch.weights.device, batch.weights.clone()
@@ -310,7 +310,7 @@ def _contrast(
     # The rejected response has the whole loss if there is no distinct hallucinated one
     further = [bool(text.hallucinated) and row[0] != row[2] for text, row in zip(texts, rows, strict=True)]
     shares = torch.tensor([gamma if one else 1.0 for one in further], device=device) if three else None
-    return Contrast(replace(batch, tokens=tokens, weights=weights, labels=labels), shares, metrics, None)
+    return Contrast(replace(batch, tokens=tokens, weights=weights, labels=labels), shares, summary, None)
 
 
 def _trainable(family: VisionLanguage, pair: ResponsePair, texts: _Texts) -> _Texts:

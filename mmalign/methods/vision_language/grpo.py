@@ -28,7 +28,6 @@ from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
 from mmalign.losses import advantages, policy_gradient
 from mmalign.methods import Requirements, Step
-from mmalign.methods._generated import with_summary
 from mmalign.methods.vision_language._online import answer, online_requirements
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
@@ -43,14 +42,14 @@ class Contrast:
         advantages: [KB].
         old: log-probabilities of the policy that generated them [KB, R]; None for those of the policy itself.
         reference: the reference's [KB, R]; None without a reference.
-        summary: means of the batch for the log.
+        summary: the step's, of all questions of the batch.
     """
 
     batch: EncodedResponses
     advantages: Tensor
     old: Tensor | None
     reference: Tensor | None
-    summary: Mapping[str, float]
+    summary: Mapping[str, Tensor]
 
 
 def requirements(cfg: Config) -> Requirements:
@@ -97,7 +96,7 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     else:
         each = (sums / tokens).mean(0)
     means = {name: (scores.total(x.detach(), mask).view(-1, number) / tokens).mean(0) for name, x in metrics.items()}
-    return with_summary(Step(each, weights, {"loss": each.detach(), **means}), contrast.summary)
+    return Step(each, weights, {"loss": each.detach(), **means}, contrast.summary)
 
 
 def _advantages(cfg: Config, rewards: Tensor, weights: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from torch import Tensor
+
 from mmalign.config.methods import OnlineDPOConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements, Step
-from mmalign.methods._generated import with_summary
 from mmalign.methods._pair_memory import pair_memory
 from mmalign.methods.vision_language import _responses, dpo
 from mmalign.methods.vision_language._online import answer, online_requirements
@@ -28,10 +29,10 @@ from mmalign.rng import KeyedRNG
 
 @dataclass(frozen=True)
 class Contrast:
-    """Best and worst answers, and means of the batch for the log."""
+    """Best and worst answers, and the step's summary of all questions of the batch."""
 
     pairs: _responses.Contrast
-    summary: Mapping[str, float]
+    summary: Mapping[str, Tensor]
 
 
 def requirements(cfg: Config) -> Requirements:
@@ -53,4 +54,4 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the pair loss on the log-probabilities of policy and reference."""
-    return with_summary(dpo.loss(policy, contrast.pairs, cfg), contrast.summary)
+    return replace(dpo.loss(policy, contrast.pairs, cfg), summary=contrast.summary)

@@ -23,7 +23,6 @@ from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
 from mmalign.methods import Requirements, Step
-from mmalign.methods._generated import with_summary
 from mmalign.methods.vision_language._online import answer, online_requirements
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
@@ -36,12 +35,12 @@ class Contrast:
     Attributes:
         batch: the questions, with M rows of answers.
         question: the index in the batch of each answer's question [M].
-        summary: means of the batch for the log.
+        summary: the step's, of all questions of the batch.
     """
 
     batch: EncodedResponses
     question: Tensor
-    summary: Mapping[str, float]
+    summary: Mapping[str, Tensor]
 
 
 def requirements(cfg: Config) -> Requirements:
@@ -67,7 +66,7 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     likelihood, number = scores.mean(logps, mask), question.bincount(minlength=len(batch.rows))
     losses = torch.zeros_like(batch.weights).index_add(0, question, -likelihood) / number
     metrics = {"loss": losses.detach(), "answers trained on": number.to(losses.dtype)}
-    return with_summary(Step(losses, batch.weights, metrics), contrast.summary)
+    return Step(losses, batch.weights, metrics, contrast.summary)
 
 
 def selected(cfg: Config, rewards: Tensor, uniform: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ def test_its_loss_is_equation_5_of_what_was_written(policy: Policy[Any], tmp_pat
         again = rows(tmp_path / f"{gamma}", {n: written[pair.row] for n, pair in enumerate(pairs)})
         offline = stepped(bdhs, policy, batch(policy.family, again), gamma=0.0)[1].losses
         close(step.losses, gamma * own + (1 - gamma) * offline)
-        assert set(step.metrics["tries"].tolist()) <= {1.0, 2.0}
+        assert set(step.summary["tries"].tolist()) <= {1.0, 2.0}
 
 
 def test_pair_without_new_response_keeps_the_data_s(
@@ -276,7 +276,7 @@ def test_an_annotator_orders_what_the_policy_says(
         mixed = {"share": 1.0, "annotator": f"judges:{name}", "max_new_tokens": 5}
         contrast, step = stepped(bdhs, policy, given, mode="mixed", mixed=mixed)
         result[name] = list(zip(said(contrast, policy.family, 0), said(contrast, policy.family, 1), strict=True))
-        own = step.metrics["own pairs"].bool().tolist()
+        own = step.summary["own pairs"].bool().tolist()
     assert sum(own) >= 6
     for index, (longer, shorter) in enumerate(zip(result["longer"], result["shorter"], strict=True)):
         if own[index]:
@@ -307,7 +307,7 @@ def test_a_judge_orders_what_the_policy_says(
     judge = build_response_judge(cfg.mixed.reward, torch.device("cpu"), allow_pickle=False, combine=combine)
     given = replace(batch(policy.family, rows(tmp_path / "rows")), judge=judge)
     contrast, step = stepped(bdhs, policy, given, mode="mixed", mixed=mixed)
-    own = step.metrics["own pairs"].bool().tolist()
+    own = step.summary["own pairs"].bool().tolist()
     assert sum(own) >= 6
     sides = zip(said(contrast, policy.family, 0), said(contrast, policy.family, 1), strict=True)
     assert all(len(chosen) >= len(rejected) for (chosen, rejected), of_ours in zip(sides, own, strict=True) if of_ours)
