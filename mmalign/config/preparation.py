@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,25 @@ class Prepare(Section):
     seed: int = Field(1, ge=0, description="seed of noise and sampling")
 
 
-class PrepareImages(Prepare):
+class JudgedOutputs(Section):
+    """Settings for pairs or lists of what a model generates to one prompt, ranked by a judge."""
+
+    keep_all: bool = Field(
+        False, description="write lists of all outputs with their scores, for methods that learn from lists"
+    )
+    reward: Rewards = Field(description="judge that ranks the outputs to a prompt, or a list of several")
+    combine: Combine = "sum"
+    min_confidence: float = Field(
+        0.9, ge=0.5, lt=1, description="lowest probability of the judge for the better output of a pair"
+    )
+
+    @model_validator(mode="after")
+    def _combined(self) -> Self:
+        check_combine(self.reward, self.combine)
+        return self
+
+
+class PrepareImages(Prepare, JudgedOutputs):
     """Settings for pairs of the model's own images: the best and the worst of several per prompt, by a reward model.
 
     With `prompt_pairs` a pair is the best images of two contrasting prompts, for methods that need two prompts.
@@ -30,26 +48,17 @@ class PrepareImages(Prepare):
         False, description="generate for pairs of prompts; a file has two per line, separated by a tab"
     )
     images_per_prompt: int = Field(4, ge=2, description="images generated per prompt")
-    keep_all: bool = Field(
-        False, description="write lists of all images with their scores, for methods that learn from lists"
-    )
-    reward: Rewards = Field(description="reward model that ranks the images, or a list of several")
-    combine: Combine = "sum"
-    min_confidence: float = Field(
-        0.9, ge=0.5, lt=1, description="lowest probability of the reward model for the better image of a pair"
-    )
     sampling: SamplingConfig = SamplingConfig()
 
     @model_validator(mode="after")
-    def _combined(self) -> PrepareImages:
-        check_combine(self.reward, self.combine)
+    def _one_form(self) -> PrepareImages:
         if self.keep_all and self.prompt_pairs:
             raise ValueError("keep_all writes lists for one prompt, and prompt_pairs pairs of two; leave one out")
         return self
 
 
 class AnswerSource(Section):
-    """Source of the true answers, which become the chosen responses."""
+    """Source of the true answers, which become the chosen responses, or of the prompts of kind `judged`."""
 
     path: str = Field(description="file, folder or Hub id with rows of images, prompt and answer")
     format: ResponseFormat = Field(
@@ -123,18 +132,36 @@ class PreparePovid(Section):
     )
 
 
-class PrepareResponses(Prepare):
-    """Settings for rejected responses to true answers."""
+class PrepareJudged(JudgedOutputs, DecodingConfig):
+    """Settings for pairs of the model's own answers: the best and the worst of several per prompt, by a judge."""
 
-    kind: Literal["bdhs", "realign", "povid", "own"] = Field(
+    responses_per_prompt: int = Field(4, ge=2, description="answers generated per prompt")
+    max_new_tokens: int = Field(256, ge=1, description="maximum number of tokens of an answer")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of the answers")
+
+    @model_validator(mode="after")
+    def _saved_in_parts(self) -> PrepareJudged:
+        if self.combine == "zscore":
+            raise ValueError(
+                "combine: zscore would compare answers in units of the other prompts of their batch; use sum, "
+                "group_zscore or vote"
+            )
+        return self
+
+
+class PrepareResponses(Prepare):
+    """Settings for rejected responses to true answers, or for judged answers to prompts."""
+
+    kind: Literal["bdhs", "realign", "povid", "own", "judged"] = Field(
         description="origin of the rejected responses: the image mostly hidden, a similar image, changed words, or the "
-        "model's own answers"
+        "model's own answers; judged takes both sides from the model's answers, which a judge ranks"
     )
     source: AnswerSource
     bdhs: PrepareBdhs | None = None
     realign: PrepareRealign | None = None
     povid: PreparePovid | None = None
     own: DecodingConfig | None = Field(None, description="decoding of the model's answers to the whole image")
+    judged: PrepareJudged | None = None
     keep_torn: bool = Field(
         False,
         description="keep the sentences that max_new_tokens cuts; by default a response ends with its last whole one",
@@ -143,9 +170,11 @@ class PrepareResponses(Prepare):
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> PrepareResponses:
-        others = {"bdhs", "realign", "povid", "own"} - {self.kind}
+        others = {"bdhs", "realign", "povid", "own", "judged"} - {self.kind}
         for name in self.model_dump(include=others, exclude_none=True):
             raise ValueError(f"kind {self.kind} takes no section {name!r}; leave it out")
         if self.kind == "realign" and self.realign is None:
             raise ValueError("kind realign needs a model that compares images; add realign.retriever")
+        if self.kind == "judged" and self.judged is None:
+            raise ValueError("kind judged needs a judge of responses; add judged.reward")
         return self

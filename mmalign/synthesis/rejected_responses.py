@@ -1,7 +1,8 @@
 """Generators of rejected responses for true answers: BDHS, Re-Align, POVID, and the model's own answers.
 
 Each generator takes a batch of pairs whose chosen responses are the true answers. It returns a rejected response for
-each pair, or a reason why there is none. A pair's result depends on that pair alone.
+each pair, or a reason why there is none. A pair's result depends on that pair alone. `several_generated` takes prompts
+alone and returns candidates, which a judge ranks afterwards.
 """
 
 from __future__ import annotations
@@ -44,8 +45,16 @@ class RejectedResponse:
     retrieved: ImageRef | None = None
 
 
-# For each pair a rejected response, or a reason why there is none
-ResponseGenerator = Callable[[Sequence[ResponsePair]], list[RejectedResponse | str]]
+@dataclass(frozen=True)
+class Candidates:
+    """Two or more different answers to one prompt, in the order of generation, and notes on their generation."""
+
+    texts: Sequence[str]
+    metadata: Mapping[str, float | str]
+
+
+# For each pair a rejected response or candidates, or a reason why there is none
+ResponseGenerator = Callable[[Sequence[ResponsePair]], Sequence[RejectedResponse | Candidates | str]]
 
 
 def self_generated(
@@ -58,6 +67,25 @@ def self_generated(
         return [RejectedResponse(text, {CUT: True} if is_cut else {}) for text, is_cut, _ in answers]
 
     return _respond(sampler, pairs, decoding.max_new_tokens, answer)
+
+
+def several_generated(
+    sampler: ResponseSampler, decoding: DecodingConfig, number: int, pairs: Sequence[ResponsePair]
+) -> list[Candidates | str]:
+    """Generate a number of the model's own answers to each prompt, and leave out empty and repeated ones."""
+    rows, bad = _usable(sampler, pairs, decoding.max_new_tokens)
+    results, features = dict[int, Candidates | str](bad), _encoded(sampler, rows.values())
+    answers = [
+        sampler.sample(list(rows.values()), [WHOLE] * len(rows), features, decoding, attempt)
+        for attempt in range(1, number + 1)
+    ]
+    for row, said in zip(rows, zip(*answers, strict=True), strict=True):
+        texts = list(dict.fromkeys(filter(None, (answer.text.strip() for answer in said))))
+        num_cut = sum(answer.is_cut for answer in said)
+        same = f"has {len(texts)} different answers of {number}; raise prepare.judged.temperature"
+        reason = CUT_REASON if num_cut and not texts else same
+        results[row] = Candidates(texts, {CUT: num_cut} if num_cut else {}) if len(texts) > 1 else reason
+    return [results[row] for row in range(len(pairs))]
 
 
 def hallucinated(
@@ -236,17 +264,26 @@ def _respond(
 
     `completing`: the model continues the true answer instead of answering from the start.
     """
-    results, rows = dict[int, RejectedResponse | str](), dict[int, GroundTruthAnswer]()
+    rows, bad = _usable(sampler, pairs, num_tokens, completing=completing)
+    results = dict[int, RejectedResponse | str](bad)
+    responses = generate(list(rows.values()), _encoded(sampler, rows.values()))
+    for (number, row), response in zip(rows.items(), responses, strict=True):
+        results[number] = _checked(response, row.answer)
+    return [results[number] for number in range(len(pairs))]
+
+
+def _usable(
+    sampler: ResponseSampler, pairs: Sequence[ResponsePair], num_tokens: int, *, completing: bool = False
+) -> tuple[dict[int, GroundTruthAnswer], dict[int, str]]:
+    """Return the prompts of usable pairs by their numbers, and the reasons why the others are unusable."""
+    rows, bad = dict[int, GroundTruthAnswer](), dict[int, str]()
     for number, pair in enumerate(pairs):
         try:
             start = pair.chosen if completing else ""
             rows[number] = _ground_truth_answer(sampler, pair, pair.images, start, num_tokens)
         except ValueError as error:
-            results[number] = _error_text(pair, error)
-    responses = generate(list(rows.values()), _encoded(sampler, rows.values()))
-    for (number, row), response in zip(rows.items(), responses, strict=True):
-        results[number] = _checked(response, row.answer)
-    return [results[number] for number in range(len(pairs))]
+            bad[number] = _error_text(pair, error)
+    return rows, bad
 
 
 def _encoded(sampler: ResponseSampler, rows: Iterable[GroundTruthAnswer]) -> ImageFeatures:

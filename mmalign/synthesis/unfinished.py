@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def unfinished(path: Path) -> Path:
-    """Return the file or folder that holds the finished pieces of a preparation of `path`."""
+    """Return the folder that holds the finished pieces of a preparation of `path`."""
     return path.with_name(f"{path.name}.unfinished")
 
 
@@ -33,7 +33,7 @@ def is_written(path: Path) -> bool:
             f"data.path: {path} already exists; move it away, or set another with --set data.path=...: prepare never "
             "overwrites"
         )
-    _clean(path)
+    discard(path)
     logger.info(f"{path}: already complete")
     return True
 
@@ -54,16 +54,13 @@ def write_final(path: Path, write: Callable[[Path], None]) -> None:
             record.write(_digest(part))
             record.flush()
             os.fsync(record.fileno())
-    _clean(path)
+    discard(path)
 
 
-def _clean(path: Path) -> None:
+def discard(path: Path) -> None:
     """Remove the unfinished work, then the record of the file's hash."""
-    work = unfinished(path)
-    if work.is_dir():
-        shutil.rmtree(work)
-    else:
-        work.unlink(missing_ok=True)
+    if unfinished(path).is_dir():
+        shutil.rmtree(unfinished(path))
     hidden(path, "written").unlink(missing_ok=True)
 
 

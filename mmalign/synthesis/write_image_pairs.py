@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from mmalign.synthesis.confidence import is_sure, log_odds
 from mmalign.synthesis.unfinished import write_final
 from mmalign.synthesis.write_responses import write_parquet
 
@@ -53,7 +53,7 @@ def write_pairs(
     for start in range(0, len(prompts), group):
         numbers = range(start, start + group)
         best, worst = max(numbers, key=lambda i: scores[i]), min(numbers, key=lambda i: scores[i])
-        if scores[best] - scores[worst] < _log_odds(min_confidence):
+        if not is_sure([scores[i] for i in numbers], min_confidence):
             continue
         if keep_all:
             row = {"prompt": prompts[start], **_ranking([images[i] for i in numbers], [scores[i] for i in numbers])}
@@ -110,17 +110,12 @@ def write_prompt_pairs(
     """
     rows, num_couples = [], len(prompts) // 2
     for a, b in zip(range(0, len(prompts), 2), range(1, len(prompts), 2), strict=True):
-        if min(own[a] - crossed[b], own[b] - crossed[a]) >= _log_odds(min_confidence):
+        if min(own[a] - crossed[b], own[b] - crossed[a]) >= log_odds(min_confidence):
             sides = _sides((images[a], images[b]), (1.0, 0.0), (own[a], own[b]))
             rows.append({"caption": prompts[a], "rejected_caption": prompts[b], **sides})
     unsure = f"the reward model is never {min_confidence:.0%} sure of both images in {num_couples} prompt pairs"
     _write(path, rows, unsure)
     return len(rows), num_couples
-
-
-def _log_odds(probability: float) -> float:
-    """Return the score difference at which the preference for one image has this probability."""
-    return math.log(probability / (1 - probability))
 
 
 def _sides(

@@ -1,14 +1,14 @@
 """Writer of generated response pairs: JSON lines that name images, or Parquet files that hold them.
 
-The files have the layouts `trl` and `realign`, which the readers and other programs read. An extra column holds each
-pair's provenance.
+The files have the layouts `trl`, `realign` and `rankings`, which the readers and other programs read. An extra column
+holds each pair's provenance.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ GROUP = 64  # rows of a Parquet file in memory at once
 
 @dataclass(frozen=True)
 class SynthesizedPair:
-    """A generated pair.
+    """A generated pair, or a list of responses with scores.
 
     Attributes:
         source: the prompt, the images and the chosen response.
@@ -30,6 +30,8 @@ class SynthesizedPair:
         hallucinated: a second rejected response; empty if there is none.
         retrieved: the retrieved image of the layout `realign`; None in the layout `trl`.
         provenance: the origin of the responses.
+        scores: a judge's scores of the chosen and the rejected response; None if no judge ranked them.
+        ranking: all responses with their scores, in place of a pair; empty for a pair.
     """
 
     source: ResponsePair
@@ -37,6 +39,8 @@ class SynthesizedPair:
     hallucinated: str
     retrieved: ImageRef | None
     provenance: Mapping[str, object]
+    scores: tuple[float, float] | None = None
+    ranking: Sequence[tuple[str, float]] = ()
 
 
 def write_pairs(path: Path, pairs: Iterable[SynthesizedPair], *, suffix: str, images: Path) -> None:
@@ -64,8 +68,13 @@ def _record(synthesized: SynthesizedPair, shown: Callable[[ImageRef], object]) -
         image, retrieved = shown(pair.images[0]), shown(synthesized.retrieved)
         conversations = {"chosen": prompt + chosen, "rejected": prompt + rejected}
         return {"image": image, "retrieved_image": retrieved, **conversations, "provenance": provenance}
-    more = {"hallucinated": synthesized.hallucinated} if synthesized.hallucinated else {}
+    more = dict[str, object]({"hallucinated": synthesized.hallucinated} if synthesized.hallucinated else {})
     images = [shown(ref) for ref in pair.images]
+    if synthesized.ranking:
+        texts, scores = map(list, zip(*synthesized.ranking, strict=True))
+        return {"images": images, "prompt": prompt, "responses": texts, "scores": scores, "provenance": provenance}
+    if synthesized.scores is not None:
+        more |= dict(zip(("score_chosen", "score_rejected"), synthesized.scores, strict=True))
     responses = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     return {"images": images, **responses, **more, "provenance": provenance}
 

@@ -57,8 +57,9 @@ def test_pieces_are_dealt_out_once() -> None:
 @pytest.mark.xdist_group("processes")  # one server forks them
 def test_two_processes_prepare_and_evaluate_as_one(vlm_folders: Folders, tmp_path: Path) -> None:
     rows = data_files.response_pairs(tmp_path / "rows", layout="trl")
-    section = {"kind": "own", "keep_torn": True, "save_every": 2, "source": {"format": "trl", "path": str(rows)}}
-    section["own"] = {"max_new_tokens": 4, "batch_size": 3}
+    section = {"kind": "judged", "keep_torn": True, "save_every": 2, "source": {"format": "trl", "path": str(rows)}}
+    judge = {"name": "vlm", "path": str(vlm_folders("llava")), "options": {"batch_size": 3}}
+    section["judged"] = {"reward": judge, "max_new_tokens": 4, "batch_size": 3, "min_confidence": 0.5}
     made = {name: tmp_path / "rows" / f"{name}.jsonl" for name in ("one", "two")}
     model = vlm_folders("llava")
     content = {name: recipes.vlm(model, path, tmp_path / name, prepare=section) for name, path in made.items()}

@@ -11,14 +11,11 @@ from mmalign.synthesis import unfinished
 from mmalign.synthesis.unfinished import is_written, write_final
 
 
-@pytest.fixture(params=["file", "folder"])
-def work(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Return the path of a preparation with unfinished work, a file or a folder."""
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """Return the path of a preparation with unfinished work."""
     path = tmp_path / "made.parquet"
-    if request.param == "file":
-        unfinished.unfinished(path).write_text("{}\n")
-    else:
-        (unfinished.unfinished(path) / "cache").mkdir(parents=True)
+    (unfinished.unfinished(path) / "cache").mkdir(parents=True)
     return path
 
 
@@ -27,7 +24,7 @@ def test_a_stop_before_the_cleaning_is_made_up_for(work: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(unfinished, "_clean", stopped)
+        patched.setattr(unfinished, "discard", stopped)
         write_final(work, lambda part: part.write_bytes(b"pairs") and None)
     assert work.read_bytes() == b"pairs" and unfinished.unfinished(work).exists()
     assert is_written(work)

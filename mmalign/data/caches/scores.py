@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -110,14 +111,22 @@ class CachedResponseJudge:
         responses: Sequence[str],
         truths: Truths | None = None,
     ) -> Tensor:
-        """Return scores [N], float32, on the CPU; those by true answers are not stored."""
-        if truths is not None:
-            return self.judge(images, prompts, responses, truths)
-        questions = zip(question_keys(images, prompts), responses, strict=True)
-        keys = [_digest(f"response {len(question)} ", question, response) for question, response in questions]
-        return self.cache.scores(
-            keys, lambda rows: self.judge(_pick(images, rows), _pick(prompts, rows), _pick(responses, rows))
-        )
+        """Return scores [N], float32, on the CPU; with true answers they are stored under these as well."""
+        said = [""] * len(prompts) if truths is None else [json.dumps(list(texts)) for texts in truths]
+        rows = zip(question_keys(images, prompts), responses, said, strict=True)
+        keys = [_digest(f"response {len(asked)} {len(text)} ", asked, text, truth) for asked, text, truth in rows]
+        return self.cache.scores(keys, partial(self._judge, images, prompts, responses, truths))
+
+    def _judge(
+        self,
+        images: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        truths: Truths | None,
+        rows: Sequence[int],
+    ) -> Tensor:
+        some = _pick(images, rows), _pick(prompts, rows), _pick(responses, rows)
+        return self.judge(*some) if truths is None else self.judge(*some, _pick(truths, rows))
 
 
 def _pick(column: Sequence[T], rows: Sequence[int]) -> list[T]:

@@ -21,7 +21,7 @@ from mmalign.pages import answers
 MODALITY = Modality(
     check=lambda _: None,
     check_evaluation=check.check_evaluation,
-    check_preparation=lambda _: None,
+    check_preparation=check.check_preparation,
     loading_hint=model.loading_hint,
     loaded_by="transformers",
     pipeline_tag="image-text-to-text",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmalign.config import Coco, EvaluateResponses, Files, Recipe, ResponseData
+from mmalign.config import Coco, EvaluateResponses, Files, PrepareResponses, Recipe, ResponseData
 from mmalign.data.formats.responses import check_source
 from mmalign.methods import requirements_of
 from mmalign.modalities.loading import check_reward_model
@@ -25,6 +25,16 @@ def check_evaluation(recipe: Recipe) -> None:
             check_reward_model("evaluate.reward", section.reward, responses=True)
         if section.best_of is not None:
             check_reward_model("evaluate.best_of.reward", section.best_of.reward, responses=True)
+
+
+def check_preparation(recipe: Recipe) -> None:
+    """Check the judge of the `prepare` section.
+
+    Raises:
+        ValueError: the judge is missing or invalid.
+    """
+    if isinstance(recipe.prepare, PrepareResponses) and recipe.prepare.judged is not None:
+        check_reward_model("prepare.judged.reward", recipe.prepare.judged.reward, responses=True, truths=True)
 
 
 def check_data(recipe: Recipe) -> None:

@@ -1,7 +1,7 @@
-"""Preparation of response pairs: true answers as chosen responses, and generated rejected ones.
+"""Preparation of response pairs: true answers with generated rejected ones, or the model's answers ranked by a judge.
 
 Results are appended to an unfinished file beside the final one, `prepare.save_every` rows at a time. The same command
-resumes from it, and writes the same file as an uninterrupted run.
+resumes from it, and writes the same file as an uninterrupted run. Another judge ranks the same answers.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,80 +20,41 @@ from typing import Any
 import torch
 from typing_extensions import TypedDict
 
-from mmalign.config import (
-    AnswerSource,
-    CompletionConfig,
-    DecodingConfig,
-    PrepareBdhs,
-    PreparePovid,
-    PrepareRealign,
-    PrepareResponses,
-    Recipe,
-    ResponseData,
-)
+from mmalign.atomic_io import make_folder
+from mmalign.config import PrepareResponses, Recipe, ResponseData
+from mmalign.config.preparation import JudgedOutputs
 from mmalign.console import tracked
-from mmalign.data.caches import fingerprint
 from mmalign.data.caches.journal import AppendLog
 from mmalign.data.formats.responses import open_responses
+from mmalign.data.images import decode
 from mmalign.data.pairs import Pairs, ResponsePair, SkippedRow, format_rows, stable_hash
-from mmalign.families.base import VisionLanguage
-from mmalign.language.vocabularies import CROWDS, load_vocabulary
 from mmalign.modalities import loading
-from mmalign.modalities.vision_language.model import template_arguments
-from mmalign.reading.weights import tensors_only
-from mmalign.registry import qualified_name, user_function
+from mmalign.modalities.vision_language.generators import Work, load_work, settings_of
 from mmalign.resources import locate
-from mmalign.rewards import open_clip
-from mmalign.rng import KeyedRNG
-from mmalign.synthesis.bdhs import ResponseSampler, require_image_masking
-from mmalign.synthesis.corrupt import Companions, Corruptor, companions
-from mmalign.synthesis.rejected_responses import (
-    CUT,
-    CUT_REASON,
-    ImageIndex,
-    ReAlign,
-    RejectedResponse,
-    ResponseGenerator,
-    Writer,
-    hallucinated,
-    rule_corrupted,
-    self_generated,
-)
-from mmalign.synthesis.segments import masker
-from mmalign.synthesis.similarity import Similarity, is_fallback, load_similarity
-from mmalign.synthesis.unfinished import is_written, unfinished, write_final
+from mmalign.rewards import ResponseJudge
+from mmalign.synthesis.confidence import is_sure
+from mmalign.synthesis.judged_responses import judge_answers
+from mmalign.synthesis.rejected_responses import CUT, CUT_REASON, Candidates, RejectedResponse, Writer
+from mmalign.synthesis.unfinished import discard, is_written, unfinished, write_final
 from mmalign.synthesis.write_responses import SUFFIXES, SynthesizedPair, write_pairs
 from mmalign.training.processes import current_processes
 
 logger = logging.getLogger(__name__)
 
-RULES = "rules"
-
 
 class Entry(TypedDict):
-    """Result for a row: the rejected response with its origin, or the reason `why` there is none (else empty)."""
+    """Result for a row: the rejected response or candidates, or the reason `why` there is none (else empty)."""
 
     why: str
-    text: str
+    texts: list[str]
     notes: dict[str, Any]
     retrieved: str | None
 
 
-@dataclass(frozen=True)
-class Work:
-    """Generator of rejected responses, with its dependencies.
-
-    Attributes:
-        generate: the generator.
-        dependencies: the model, the similarity measure and user functions: all inputs besides settings and rows.
-    """
-
-    generate: ResponseGenerator
-    dependencies: dict[str, str]
-
-
 def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     """Generate rejected responses to the answers of `prepare.source`, and write the pairs to `data.path`.
+
+    Kind `judged` takes the prompts of `prepare.source` alone, and ranks several answers to each by the judge.
 
     Args:
         recipe: the recipe, with a section `prepare`.
@@ -110,13 +71,44 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     path, processes = _check(recipe, section, writer), current_processes()
     if processes.on_main(partial(is_written, path)):
         return path
-    pairs = _open(section.source)
+    pairs = _open(section)
     images = Path(recipe.data.images or path.parent)
     _check_rows(section, pairs, path, images)
 
-    # Rejected responses, in chunks of `save_every` rows
-    work = _work(recipe, section, pairs, writer)
-    log = AppendLog(unfinished(path), _job(section, pairs, work), list[Entry], is_writer=processes.is_main)
+    # Responses, and a judge's scores of them
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    work = load_work(recipe, section, pairs, writer, device)
+    judge = _load_judge(recipe, path, device)
+    entries = _generate(path, section, pairs, work)
+    scores = _judge(section, pairs, entries, judge) if judge is not None else [list[float]() for _ in entries]
+    reasons = [one["why"] or _unsure(section, own) for one, own in zip(entries, scores, strict=True)]
+    dropped = [SkippedRow(pairs[n].location, reason) for n, reason in enumerate(reasons) if reason]
+    if len(dropped) == len(entries):
+        processes.gather(None)
+        if processes.is_main and judge is None:  # answers wait for another judge
+            discard(path)
+        noun = _nouns(section)[0]
+        raise ValueError(
+            f"prepare: none of {len(entries):,} {noun} of {pairs.source} gave a pair: {format_rows(dropped)}"
+        )
+    # The file of pairs
+    kept = [number for number, reason in enumerate(reasons) if not reason]
+    final = _synthesized_pairs(section, pairs, {n: (entries[n], scores[n]) for n in kept}, work)
+    if processes.is_main:
+        write_final(path, lambda part: write_pairs(part, final, suffix=path.suffix, images=images))
+    processes.gather(None)  # no process ends before the file is there
+    _warn_of_cut(section, entries)
+    logger.info(f"{path}: {_summary(section, pairs, entries, dropped, work)}, in {time.time() - started:.0f} s")
+    return path
+
+
+def _generate(path: Path, section: PrepareResponses, pairs: Pairs[ResponsePair], work: Work) -> list[Entry]:
+    """Return the result of each row, in chunks of `save_every` that the processes share."""
+    processes = current_processes()
+    make_folder("data.path", unfinished(path))
+    log = AppendLog(
+        unfinished(path) / "rows.jsonl", _job(section, pairs, work), list[Entry], is_writer=processes.is_main
+    )
     processes.gather(None)  # nobody writes before all have read
     num_done = len(log.entries) * section.save_every
     if num_done:
@@ -129,28 +121,53 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
         for piece in processes.gather([_log_entry(one) for one in work.generate(chunk)] if chunk else []):
             if piece:
                 log.append(piece)
-
-    # The file of pairs
     entries = [one for piece in log.entries for one in piece]
     if len(entries) != len(pairs):
         raise ValueError(f"{log.path}: has {len(entries)} results for {len(pairs)} rows; move it away to start over")
-    dropped = [SkippedRow(pairs[n].location, one["why"]) for n, one in enumerate(entries) if one["why"]]
-    if len(dropped) == len(entries):
-        processes.gather(None)
-        if processes.is_main:
-            log.remove()
-        raise ValueError(
-            f"prepare: none of {len(entries):,} answers of {pairs.source} gave a pair: {format_rows(dropped)}"
-        )
-    final = _synthesized_pairs(section, pairs, entries, work)
-    if processes.is_main:
-        write_final(path, lambda part: write_pairs(part, final, suffix=path.suffix, images=images))
-    processes.gather(None)  # no process ends before the file is there
-    if cut := sum(CUT in one["notes"] or one["why"] == CUT_REASON for one in entries):
-        left = "and are kept torn" if section.keep_torn else "and end with their last whole sentence"
-        logger.warning(f"{cut:,} of {len(entries):,} generated responses are {CUT}, {left}; raise that for whole ones")
-    logger.info(f"{path}: {_summary(pairs, entries, dropped, work)}, in {time.time() - started:.0f} s")
-    return path
+    return entries
+
+
+# -------------------------------------------------------------------------------------------------------------- judging
+
+
+def _load_judge(recipe: Recipe, path: Path, device: torch.device) -> ResponseJudge | None:
+    """Return the judge of kind `judged`, with its scores so far; None for other kinds."""
+    assert isinstance(recipe.prepare, PrepareResponses)
+    settings = recipe.prepare.judged
+    if settings is None:
+        return None
+    return loading.build_response_judge(
+        settings.reward,
+        device,
+        allow_pickle=recipe.allow_pickle,
+        combine=settings.combine,
+        scores=unfinished(path) / "scores",
+    )
+
+
+def _judge(
+    section: PrepareResponses, pairs: Pairs[ResponsePair], entries: Sequence[Entry], judge: ResponseJudge
+) -> list[list[float]]:
+    """Return the judge's scores of each row's candidates, for `save_every` rows at a time; all processes call it."""
+    scores = list[list[float]]()
+    for start in tracked(range(0, len(entries), section.save_every), "judge"):
+        chunk = entries[start : start + section.save_every]
+        asked = [pairs[start + number] for number, entry in enumerate(chunk) for _ in entry["texts"]]
+        shown = {ref.key: decode(ref) for pair in asked for ref in pair.images}
+        images = [[shown[ref.key] for ref in pair.images] for pair in asked]
+        texts = [text for entry in chunk for text in entry["texts"]]
+        judged = iter(judge_answers(judge, asked, images, texts).tolist())
+        scores += [[next(judged) for _ in entry["texts"]] for entry in chunk]
+    return scores
+
+
+def _unsure(section: PrepareResponses, scores: Sequence[float]) -> str:
+    """Return the reason why the judge's scores of a row make no pair; empty if they do, or without a judge."""
+    if section.judged is None or is_sure(scores, section.judged.min_confidence):
+        return ""
+    if max(scores) == min(scores):
+        return "the judge gave all answers the same score"
+    return f"the judge is less than {section.judged.min_confidence:.0%} sure (prepare.judged.min_confidence)"
 
 
 # --------------------------------------------------------------------------------------------------------------- checks
@@ -161,7 +178,8 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
     data, path = recipe.data, Path(recipe.data.path)
     assert isinstance(data, ResponseData)
     # The file to write
-    layout = "realign" if section.kind == "realign" else "trl"
+    ranked = section.judged is not None and section.judged.keep_all
+    layout = "realign" if section.kind == "realign" else "rankings" if ranked else "trl"
     if data.format not in (layout, "auto"):
         raise ValueError(f"data.format: kind {section.kind} writes {layout}, got {data.format}; set it to {layout}")
     if path.suffix not in SUFFIXES or path.is_dir():
@@ -169,7 +187,7 @@ def _check(recipe: Recipe, section: PrepareResponses, writer: Writer | None) -> 
     # Settings that exclude one another
     if data.images is not None and not Path(data.images).is_dir():
         raise ValueError(f"data.images: {data.images} is not a folder; expected the folder of the images' paths")
-    if writer is not None and section.kind in ("bdhs", "own"):
+    if writer is not None and section.kind not in ("realign", "povid"):
         raise ValueError(
             f"prepare: kind {section.kind} neither masks nor corrupts answers; it takes no function for that"
         )
@@ -187,7 +205,9 @@ def _check_kept(section: PrepareResponses) -> None:
         )
 
 
-def _open(source: AnswerSource) -> Pairs[ResponsePair]:
+def _open(section: PrepareResponses) -> Pairs[ResponsePair]:
+    """Return the true answers of the source, or for a judge its prompts."""
+    source, judged = section.source, section.judged
     try:
         return open_responses(
             source.format,
@@ -197,6 +217,8 @@ def _open(source: AnswerSource) -> Pairs[ResponsePair]:
             columns=source.columns,
             limit=source.limit,
             labels=(),
+            learning="pairs" if judged is None else "prompts",
+            truths=judged is not None and loading.needs_truths(judged.reward),
         )
     except ValueError as error:  # the readers' messages name keys of the section `data`
         raise ValueError(
@@ -222,122 +244,7 @@ def _check_rows(section: PrepareResponses, pairs: Pairs[ResponsePair], path: Pat
                 )
 
 
-# ----------------------------------------------------------------------------------------------------------------- work
-
-
-def _work(recipe: Recipe, section: PrepareResponses, pairs: Pairs[ResponsePair], writer: Writer | None) -> Work:
-    """Return the generator of rejected responses, with all its models in memory."""
-    rng, settings = KeyedRNG(section.seed), _settings(section)
-    if isinstance(settings, PreparePovid):
-        return _povid(settings, pairs, rng, writer)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not isinstance(settings, PrepareBdhs | PrepareRealign):
-        sampler, dependencies = _sampler(recipe, device, rng)
-        return Work(partial(self_generated, sampler, settings), dependencies)
-    # What may be missing is loaded before the model's gigabytes.
-    similarity = _similarity(f"prepare.{section.kind}.similarity", settings, recipe.allow_pickle)
-    mask = _mask(settings, writer) if isinstance(settings, PrepareRealign) else None
-    sampler, dependencies = _sampler(recipe, device, rng)
-    dependencies["similarity by"] = similarity.name
-    if not isinstance(settings, PrepareRealign):
-        require_image_masking(sampler.family)
-        return Work(partial(hallucinated, sampler, settings, similarity), dependencies)
-    assert mask is not None
-    # Re-Align: answers misled by a similar image
-    misled = ReAlign(
-        sampler,
-        _index(settings, pairs, device, recipe.allow_pickle),
-        mask,
-        settings,
-        similarity,
-        max_similarity=settings.max_similarity,
-        asking=settings.completion == "ask",
-    )
-    return Work(misled, {**dependencies, "masker": _named(settings.masker, writer)})
-
-
-def _sampler(recipe: Recipe, device: torch.device, rng: KeyedRNG) -> tuple[ResponseSampler, dict[str, str]]:
-    """Return a sampler of the recipe's model, and the model's path, fingerprint and precision."""
-    family: VisionLanguage = loading.load_model(recipe, device)
-    dependencies = {
-        "model": recipe.model.path,
-        "fingerprint": fingerprint.fingerprint_weights(family.network),
-        "precision": recipe.train.precision,
-        **template_arguments(recipe.model),
-    }
-    assert isinstance(recipe.prepare, PrepareResponses)
-    return ResponseSampler(family, family.network, rng, not recipe.prepare.keep_torn), dependencies
-
-
-def _similarity(key: str, settings: CompletionConfig, allow_pickle: bool) -> Similarity:
-    similarity = load_similarity(key, settings.similarity, allow_pickle=allow_pickle)
-    if is_fallback(settings.similarity, similarity):
-        logger.warning(f"similarity: {similarity.name}, since no sentence-transformers model is installed")
-    return similarity
-
-
-def _mask(settings: PrepareRealign, writer: Writer | None) -> Writer:
-    if writer is not None:
-        return writer
-    if settings.masker != RULES:
-        return _writer("prepare.realign.masker", settings.masker)
-    mask = masker(load_vocabulary("prepare.realign.vocabulary", settings.vocabulary))
-    return lambda pair: mask(pair.chosen.strip())
-
-
-def _index(
-    settings: PrepareRealign, pairs: Pairs[ResponsePair], device: torch.device, allow_pickle: bool
-) -> ImageIndex:
-    try:
-        with tensors_only(allow_pickle):
-            retriever = open_clip.load(settings.retriever, device, open_clip.Config(pretrained=settings.pretrained))
-    except ValueError as error:
-        raise ValueError(f"prepare.realign.retriever: {str(error).removeprefix('reward open_clip: ')}") from error
-    return ImageIndex(tracked(pairs, "compare images"), retriever.embed, settings.candidates)
-
-
-def _povid(settings: PreparePovid, pairs: Pairs[ResponsePair], rng: KeyedRNG, writer: Writer | None) -> Work:
-    if writer is None and settings.corruptor != RULES:
-        writer = _writer("prepare.povid.corruptor", settings.corruptor)
-    if writer is not None:
-        return Work(partial(rule_corrupted, writer), {"corruptor": qualified_name(writer)})
-    vocabulary = load_vocabulary("prepare.povid.vocabulary", settings.vocabulary)
-    together: Companions
-    if settings.vocabulary == CROWDS:
-        from mmalign.toy.crowds import PARTNERS
-
-        together = {kind: [partner] for kind, partner in PARTNERS.items()}
-    else:
-        together = companions((pair.chosen for pair in pairs), vocabulary)
-    corrupt = Corruptor(vocabulary, together, settings.share, settings.beside)
-    rules = partial(rule_corrupted, lambda pair: corrupt(pair.chosen.strip(), pair.row, rng))
-    return Work(rules, {"corruptor": RULES})
-
-
-def _writer(key: str, name: str) -> Writer:
-    """Return the function that the recipe names at `key`."""
-    return user_function(key, name, ["pair"], "text, or None", lambda text: text is None or isinstance(text, str))
-
-
-def _named(name: str, writer: Writer | None) -> str:
-    return name if writer is None else qualified_name(writer)
-
-
 # ------------------------------------------------------------------------------------------------------------ what came
-
-
-def _settings(section: PrepareResponses) -> PrepareBdhs | PrepareRealign | PreparePovid | DecodingConfig:
-    """Return the settings of the section's kind, or their defaults."""
-    match section.kind:
-        case "realign":
-            assert section.realign is not None, "the section has been checked"
-            return section.realign
-        case "bdhs":
-            return section.bdhs or PrepareBdhs()
-        case "povid":
-            return section.povid or PreparePovid()
-        case "own":
-            return section.own or DecodingConfig()
 
 
 def _job(section: PrepareResponses, pairs: Pairs[ResponsePair], work: Work) -> dict[str, Any]:
@@ -345,35 +252,73 @@ def _job(section: PrepareResponses, pairs: Pairs[ResponsePair], work: Work) -> d
     rows = stable_hash(*(str(pair.row) for pair in pairs))
     common = {"kind": section.kind, "seed": section.seed, "save_every": section.save_every, "rows": rows}
     common["keep_torn"] = section.keep_torn
-    return {**_settings(section).model_dump(), **common, **work.dependencies}
+    judging = set(JudgedOutputs.model_fields) if section.judged is not None else None  # scores have files of their own
+    return {**settings_of(section).model_dump(exclude=judging), **common, **work.dependencies}
 
 
-def _log_entry(result: RejectedResponse | str) -> Entry:
+def _log_entry(result: RejectedResponse | Candidates | str) -> Entry:
     """Return a result as an entry of the log."""
     if isinstance(result, str):
-        return Entry(why=result, text="", notes={}, retrieved=None)
+        return Entry(why=result, texts=[], notes={}, retrieved=None)
+    if isinstance(result, Candidates):
+        return Entry(why="", texts=list(result.texts), notes=dict(result.metadata), retrieved=None)
     retrieved = result.retrieved.location if result.retrieved is not None else None
-    return Entry(why="", text=result.text, notes=dict(result.metadata), retrieved=retrieved)
+    return Entry(why="", texts=[result.text], notes=dict(result.metadata), retrieved=retrieved)
 
 
 def _synthesized_pairs(
-    section: PrepareResponses, pairs: Pairs[ResponsePair], entries: Sequence[Entry], work: Work
+    section: PrepareResponses, pairs: Pairs[ResponsePair], results: Mapping[int, tuple[Entry, list[float]]], work: Work
 ) -> Iterator[SynthesizedPair]:
-    """Yield the pairs to write."""
+    """Yield the pairs or lists to write, from the results by row."""
     images = {ref.location: ref for pair in pairs for ref in pair.images} if section.kind == "realign" else {}
-    settings = {name: value for name, value in _settings(section).model_dump().items() if name not in work.dependencies}
+    settings = {
+        name: value for name, value in settings_of(section).model_dump().items() if name not in work.dependencies
+    }
     common = {"kind": section.kind, "seed": section.seed, **work.dependencies, "settings": settings}
     beside = section.bdhs is not None and section.bdhs.keep_rejected
-    for number, entry in enumerate(entries):
-        if not entry["why"]:
-            pair = pairs[number]
-            rejected, hallucinated = (pair.rejected, entry["text"]) if beside else (entry["text"], "")
-            retrieved = images[entry["retrieved"]] if entry["retrieved"] else None
-            yield SynthesizedPair(pair, rejected, hallucinated, retrieved, {**entry["notes"], **common})
+    for number, (entry, scores) in results.items():
+        pair, texts, origin = pairs[number], entry["texts"], {**entry["notes"], **common}
+        if section.judged is not None:
+            yield _judged_pair(pair, list(zip(texts, scores, strict=True)), origin, keep_all=section.judged.keep_all)
+            continue
+        rejected, hallucinated = (pair.rejected, texts[0]) if beside else (texts[0], "")
+        retrieved = images[entry["retrieved"]] if entry["retrieved"] else None
+        yield SynthesizedPair(pair, rejected, hallucinated, retrieved, origin)
 
 
-def _summary(pairs: Pairs[ResponsePair], entries: Sequence[Entry], dropped: Sequence[SkippedRow], work: Work) -> str:
-    text = f"{len(entries) - len(dropped):,} pairs of {len(entries):,} answers"
+def _judged_pair(
+    pair: ResponsePair, ranking: Sequence[tuple[str, float]], origin: Mapping[str, object], *, keep_all: bool
+) -> SynthesizedPair:
+    """Return the best and the worst of scored answers, the earliest of equal ones, or all of them."""
+    (best, high), (worst, low) = (choose(ranking, key=lambda one: one[1]) for choose in (max, min))
+    scored = replace(pair, chosen=best)
+    return SynthesizedPair(scored, worst, "", None, origin, (high, low), ranking if keep_all else ())
+
+
+def _nouns(section: PrepareResponses) -> tuple[str, str]:
+    """Return the plural nouns of what comes in and of what goes out."""
+    if section.judged is None:
+        return "answers", "pairs"
+    return "prompts", "lists" if section.judged.keep_all else "pairs"
+
+
+def _warn_of_cut(section: PrepareResponses, entries: Sequence[Entry]) -> None:
+    """Log the number of responses that the limit of new tokens cut."""
+    if cut := sum(int(one["notes"].get(CUT, one["why"] == CUT_REASON)) for one in entries):
+        number = len(entries) * (section.judged.responses_per_prompt if section.judged is not None else 1)
+        left = "and are kept torn" if section.keep_torn else "and end with their last whole sentence"
+        logger.warning(f"{cut:,} of {number:,} generated responses are {CUT}, {left}; raise that for whole ones")
+
+
+def _summary(
+    section: PrepareResponses,
+    pairs: Pairs[ResponsePair],
+    entries: Sequence[Entry],
+    dropped: Sequence[SkippedRow],
+    work: Work,
+) -> str:
+    source, made = _nouns(section)
+    text = f"{len(entries) - len(dropped):,} {made} of {len(entries):,} {source}"
     if pairs.skipped:
         text += f"; {len(pairs.skipped):,} rows of the source cannot be used ({format_rows(pairs.skipped)})"
     if dropped:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmalign.data.caches.fingerprint import fingerprint_judge
 from mmalign.data.caches.scores import CHUNK, CachedJudge, CachedResponseJudge, ScoreCache
+from mmalign.rewards import Truths
 from mmalign.training.processes import Processes
 
 RED, BLUE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
@@ -72,6 +73,22 @@ def test_scores_of_responses_are_stored_by_images_question_and_answer(tmp_path: 
     assert scores.tolist() == [1, 3, 1, 1] and len(judged) == 4
     again = CachedResponseJudge(judge, stored(tmp_path, "x"))
     assert again([[RED.copy()]], ["a"], ["xyz"]).tolist() == [3] and len(judged) == 4
+
+
+def test_scores_by_true_answers_are_stored_under_these(tmp_path: Path) -> None:
+    judged = list[Sequence[str]]()
+
+    def judge(
+        images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str], truths: Truths = ()
+    ) -> Tensor:
+        judged.extend(truths or [("none",)] * len(responses))
+        return torch.tensor([float(len(truth)) for truth in truths or [()] * len(responses)])
+
+    cached = CachedResponseJudge(judge, stored(tmp_path, "x"))
+    for _ in range(2):
+        assert cached([[RED]] * 2, ["a"] * 2, ["x"] * 2, [["dog"], ["dog", "mat"]]).tolist() == [1, 2]
+    assert judged == [["dog"], ["dog", "mat"]]
+    assert cached([[RED]], ["a"], ["x"]).tolist() == [0] and judged[-1] == ("none",)
 
 
 def test_judges_of_one_identity_share_their_scores(tmp_path: Path) -> None:

@@ -51,15 +51,15 @@ def read_answers(folder: Path) -> None:
 def work_files() -> Files:
     with tempfile.TemporaryDirectory() as name:
         log = AppendLog(Path(name) / "rows.unfinished", JOB, list[Entry])
-        log.append([Entry(why="too short", text="", notes={}, retrieved=None)])
-        log.append([Entry(why="", text="no", notes={"tries": 2}, retrieved="rows.jsonl: line 1")])
+        log.append([Entry(why="too short", texts=[], notes={}, retrieved=None)])
+        log.append([Entry(why="", texts=["no"], notes={"tries": 2}, retrieved="rows.jsonl: line 1")])
         return files_in(Path(name))
 
 
 def read_work(folder: Path) -> None:
     log = AppendLog(folder / "rows.unfinished", JOB, list[Entry])
     for entry in (one for piece in log.entries for one in piece):
-        _ = entry["why"], entry["text"], entry["notes"], entry["retrieved"]
+        _ = entry["why"], entry["texts"], entry["notes"], entry["retrieved"]
 
 
 def lines(values: list[Any], name: str, head: bytes) -> Files:

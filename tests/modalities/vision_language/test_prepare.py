@@ -204,7 +204,7 @@ def test_going_on_after_a_stop_gives_the_same_file(
     with pytest.raises(Stopped):
         prepared(recipe)
     unfinished = tmp_path / "made.jsonl.unfinished"
-    with unfinished.open("ab") as file:
+    with (unfinished / "rows.jsonl").open("ab") as file:
         file.write(b'[{"text": "There is')
     _, responses = prepared(recipe)
     assert calls == [2, 2, 2, 2, 1] and "resuming after 4 of 7 rows" in responses
@@ -220,10 +220,10 @@ def test_unfinished_work_of_other_settings_is_refused(content: Any, tmp_path: Pa
         prepared(content("povid"), writer=fail)
     message = refused(content("povid", seed=9), writer=fail)
     assert message.startswith(
-        f"{tmp_path / 'made.jsonl.unfinished'}: was started with other settings (seed differ; seed was 1"
+        f"{tmp_path / 'made.jsonl.unfinished' / 'rows.jsonl'}: was started with other settings (seed differ; seed was 1"
     )
     assert "corruptor differ" in refused(content("povid"))
-    (tmp_path / "made.jsonl.unfinished").unlink()
+    (tmp_path / "made.jsonl.unfinished" / "rows.jsonl").unlink()
     assert len(prepared(content("povid"))[0]) == 7
 
 

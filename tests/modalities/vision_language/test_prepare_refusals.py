@@ -90,7 +90,11 @@ def test_what_does_not_fit_is_said_before_anything_is_made(
         ("own", {"own": {"max_new_tokens": 0}}, "prepare.own.max_new_tokens"),
         ("bdhs", {"bdhs": {"rho": 0.5, "keep_tokens": 3}}, "rho and keep_tokens both set how many"),
         ("bdhs", {"reward": {"path": "models/tiny_clip"}}, "prepare has no 'reward'"),
-        ("bdhs", {"kind": "bhds"}, "prepare.kind: expected 'bdhs', 'realign', 'povid' or 'own', got the text 'bhds'"),
+        (
+            "bdhs",
+            {"kind": "bhds"},
+            "prepare.kind: expected 'bdhs', 'realign', 'povid', 'own' or 'judged', got the text 'bhds'",
+        ),
     ],
 )
 def test_a_recipe_whose_settings_do_not_fit_is_refused(

@@ -1,0 +1,24 @@
+"""Confidence of a judge in the best of several outputs to one prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def log_odds(probability: float) -> float:
+    """Return the score difference at which the preference for one output has this probability."""
+    return math.log(probability / (1 - probability))
+
+
+def is_sure(scores: Sequence[float], min_confidence: float) -> bool:
+    """Return whether the best output beats the worst with probability `1 / (1 + exp(worst - best))` or more.
+
+    Equal scores are never sure, since they prefer nothing.
+
+    Args:
+        scores: the judge's scores, in units whose difference is a log-odds.
+        min_confidence: the least probability, at least 0.5.
+    """
+    best, worst = max(scores), min(scores)
+    return best > worst and best - worst >= log_odds(min_confidence)
