@@ -36,6 +36,10 @@ class Conditioning:
         """Repeat all rows `times` times, one copy after the other."""
         return self._map(lambda x: torch.cat([x] * times))
 
+    def cycle(self, number: int) -> Conditioning:
+        """Return `number` rows, a multiple of the own ones: all of them again and again."""
+        return self if number == len(self) else self.repeat(number // len(self))
+
     def expand(self, number: int) -> Conditioning:
         """Expand a single row to `number` rows, which share its memory."""
         return self._map(lambda x: x.expand(number, *x.shape[1:]))

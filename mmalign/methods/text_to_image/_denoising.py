@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmalign.config.methods import DenoisingMethodConfig
 from mmalign.data.loaders.batches import EncodedPairs
-from mmalign.diffusion.noise import mean_square
+from mmalign.diffusion.noise import Schedule, mean_square
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning
 from mmalign.losses.wrappers import Labels
@@ -24,7 +24,7 @@ PAIR = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class CleanPairs:
-    """Both images of every pair, without noise: x_0 [2B, C, H, W], the pair's t [2B], the conditioning [2B]."""
+    """Both images of every pair, without noise: x_0 [2B, C, H, W], the pair's t [2B], the conditioning [2B] or [B]."""
 
     x_0: Tensor
     t: Tensor
@@ -33,7 +33,10 @@ class CleanPairs:
 
 @dataclass(frozen=True)
 class NoisedPairs:
-    """Inputs of the networks: x_t [2B, C, H, W], t [2B], the conditioning [2B]; and the training target."""
+    """Inputs of the networks: x_t [2B, C, H, W], t [2B], the conditioning [2B]; and the training target.
+
+    If both images of a pair have the conditioning of its prompt, that may have [B] rows.
+    """
 
     x_t: Tensor
     t: Tensor
@@ -72,9 +75,16 @@ def noise_pairs(
 
     Without `t` [B] the timesteps are drawn.
     """
-    images, schedule = sample_clean_pairs(family, batch, caption_dropout, rng, index, t), family.schedule
-    x_0, t, number = images.x_0, images.t, len(images.x_0) // len(batch.rows)
-    eps = rng.normal(batch.rows, tuple(x_0.shape[1:]), "noise", index).to(x_0.device).repeat(number, 1, 1, 1)
+    images = sample_clean_pairs(family, batch, caption_dropout, rng, index, t)
+    return noise_clean(family.schedule, images, batch.rows, rng, index)
+
+
+def noise_clean(
+    schedule: Schedule, images: CleanPairs, rows: Sequence[int], rng: KeyedRNG, index: int = 0
+) -> NoisedPairs:
+    """Add noise to images of rows [B], the first of all rows first, with one noise per row."""
+    x_0, t, number = images.x_0, images.t, len(images.x_0) // len(rows)
+    eps = rng.normal(rows, tuple(x_0.shape[1:]), "noise", index).to(x_0.device).repeat(number, 1, 1, 1)
     return NoisedPairs(schedule.add_noise(x_0, eps, t), t, schedule.target(x_0, eps, t), images.cond)
 
 
@@ -117,7 +127,7 @@ def pair_conditioning(
 
 def denoising_scores(family: TextToImage, net: nn.Module, view: NoisedPairs, views: Sequence[str] = PAIR) -> Scores:
     """Return `-1/2 mean(error ** 2)` [B] of each of `views`, whose rows follow one another."""
-    error = mean_square(family.predict(net, view.x_t, view.t, view.cond), view.target)
+    error = mean_square(family.predict(net, view.x_t, view.t, view.cond.cycle(len(view.t))), view.target)
     return dict(zip(views, (-0.5 * error).chunk(len(views)), strict=True))
 
 

@@ -6,6 +6,7 @@ B prompts and k latents of each; C, H, W are a latent's channels, height and wid
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -22,15 +23,32 @@ from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 
-def predict_guided(
-    family: TextToImage,
-    net: nn.Module,
-    x_t: Tensor,
-    t: Tensor,
-    cond: Conditioning,
-    unconditional: Conditioning,
-    scale: float,
-) -> Tensor:
+@dataclass(frozen=True)
+class Guided:
+    """Conditioning of predictions under guidance.
+
+    Attributes:
+        scale: the guidance scale.
+        cond: the full conditioning [N].
+        unconditional: the full conditioning without a prompt [N]; None at a scale of 1.
+    """
+
+    scale: float
+    cond: Conditioning
+    unconditional: Conditioning | None
+
+    def __getitem__(self, rows: Tensor) -> Guided:
+        unconditional = None if self.unconditional is None else self.unconditional[rows]
+        return Guided(self.scale, self.cond[rows], unconditional)
+
+
+def guided(family: TextToImage, batch: EncodedPrompts, scale: float) -> Guided:
+    """Return the conditioning [B] of the prompts of a batch."""
+    unconditional = None if scale == 1 else family.condition(batch.unconditional, batch.sizes)
+    return Guided(scale, family.condition(batch.text, batch.sizes), unconditional)
+
+
+def predict_guided(family: TextToImage, net: nn.Module, x_t: Tensor, t: Tensor, text: Guided) -> Tensor:
     """Return the guided prediction [N, C, H, W], float32, from one run on 2N rows (N rows at a scale of 1).
 
     Args:
@@ -38,15 +56,13 @@ def predict_guided(
         net: its network.
         x_t: noisy latents [N, C, H, W].
         t: their times [N].
-        cond: the full conditioning of each row [N].
-        unconditional: the full conditioning without a prompt [N].
-        scale: the guidance scale.
+        text: the conditioning of each row [N].
     """
-    if scale == 1:
-        return family.predict(net, x_t, t, cond).float()
-    conditioning = Conditioning.cat([unconditional, cond])
+    if text.unconditional is None:
+        return family.predict(net, x_t, t, text.cond).float()
+    conditioning = Conditioning.cat([text.unconditional, text.cond])
     without, with_prompt = family.predict(net, x_t.repeat(2, 1, 1, 1), t.repeat(2), conditioning).chunk(2)
-    return apply_guidance(without, with_prompt, scale)
+    return apply_guidance(without, with_prompt, text.scale)
 
 
 def decode_images(family: TextToImage, latents: Tensor) -> Tensor:
@@ -107,16 +123,11 @@ def batch_predictor(
 
     The latents are k for each prompt of the batch; `batch_size` of them go through the network at once, None for all.
     """
-    number = len(batch.rows)
-    cond, unconditional = (family.condition(text, batch.sizes) for text in (batch.text, batch.unconditional))
+    number, text = len(batch.rows), guided(family, batch, guidance)
 
     def predict(net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
         parts: tuple[Tensor, ...] = torch.split(torch.arange(len(x), device=x.device), batch_size or len(x))
-        results = [
-            predict_guided(family, net, x[rows], t[rows], cond[rows % number], unconditional[rows % number], guidance)
-            for rows in parts
-        ]
-        return torch.cat(results)
+        return torch.cat([predict_guided(family, net, x[rows], t[rows], text[rows % number]) for rows in parts])
 
     return predict
 

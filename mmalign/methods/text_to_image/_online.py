@@ -7,8 +7,9 @@
     reference^k = reference(x_t^k, t, prompt)
 
 A method is a loss of one to three lines on the errors of these predictions (`mmalign/losses/forward_process.py`). All
-of this is done for a batch before its first update, so a run resumes exactly between batches. A prompt whose images
-have equal rewards has the weight 0. Every random number is keyed by the prompt's row.
+of this is done for a batch before its first update, so a run resumes exactly between batches. The first contrast needs
+no old prediction: until the first update the policy is the one that generated. A prompt whose images have equal rewards
+has the weight 0. Every random number is keyed by the prompt's row.
 
 B prompts, K images of each; C, H, W are a latent's channels, height and width; [KB] are the first images of all
 prompts, then the second.
@@ -30,7 +31,7 @@ from mmalign.families.base import TextToImage
 from mmalign.losses.advantages import advantages, informative
 from mmalign.methods import Requirements, Step
 from mmalign.methods._generated import count_contrasts, parts, summarize_rewards
-from mmalign.methods.text_to_image._denoising import NoisedPairs
+from mmalign.methods.text_to_image._denoising import CleanPairs, NoisedPairs, noise_clean
 from mmalign.methods.text_to_image._images import batch_predictor, judge_images, policy_walk
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
@@ -56,8 +57,8 @@ class Contrast:
     """Noised images of some prompts, before the first update.
 
     Attributes:
-        view: inputs of the networks, and the training target, [KB] rows.
-        old: the policy's prediction [KB, C, H, W].
+        view: inputs of the networks, and the training target, [KB] rows; the conditioning of the prompts [B].
+        old: the policy's prediction [KB, C, H, W]; None in the first contrast, where the loss itself makes it.
         reference: the reference's prediction [KB, C, H, W]; None without a reference.
         advantages: [B, K].
         weights: weights of the prompts [B]; 0 if all their rewards are equal.
@@ -65,7 +66,7 @@ class Contrast:
     """
 
     view: NoisedPairs
-    old: Tensor
+    old: Tensor | None
     reference: Tensor | None
     advantages: Tensor
     weights: Tensor
@@ -78,7 +79,8 @@ class Errors:
 
     Attributes:
         prediction: the policy's prediction [KB, C, H, W], with gradient.
-        policy: its error.
+        old_prediction: that of the policy that generated the images [KB, C, H, W].
+        policy: the policy's error.
         old: the error of the policy that generated the images.
         shift: its difference to that policy's prediction.
         reference: the error of the reference; 0 without one.
@@ -86,6 +88,7 @@ class Errors:
     """
 
     prediction: Tensor
+    old_prediction: Tensor
     policy: Tensor
     old: Tensor
     shift: Tensor
@@ -141,11 +144,9 @@ def judge_latents(family: TextToImage, batch: EncodedPrompts, x: Tensor) -> Gene
 
 def noise_images(family: TextToImage, batch: EncodedPrompts, x_0: Tensor, rng: KeyedRNG, index: int) -> NoisedPairs:
     """Add noise to images [K, B, C, H, W] of the prompts, with one time and one noise per prompt."""
-    device, k = x_0.device, len(x_0)
-    t = family.schedule.draw_time(batch.rows, rng, index).to(device).repeat(k)
-    eps = rng.normal(batch.rows, batch.shape, "noise", index).to(device).repeat(k, 1, 1, 1)
-    x_t, target = (f(x_0.flatten(0, 1), eps, t) for f in (family.schedule.add_noise, family.schedule.target))
-    return NoisedPairs(x_t, t, target, family.condition(batch.text.repeat(k), batch.sizes.repeat(k, 1)))
+    t = family.schedule.draw_time(batch.rows, rng, index).to(x_0.device).repeat(len(x_0))
+    clean = CleanPairs(x_0.flatten(0, 1), t, family.condition(batch.text, batch.sizes))
+    return noise_clean(family.schedule, clean, batch.rows, rng, index)
 
 
 def online_contrasts(
@@ -168,7 +169,7 @@ def online_contrasts(
             of_policy, of_reference = (
                 _predict(policy.family, batch[part], view, guidance, size) for guidance in (1.0, reference_guidance)
             )
-            old, reference = of_policy(policy.unwrapped), policy.on_reference(of_reference)
+            old, reference = of_policy(policy.unwrapped) if made else None, policy.on_reference(of_reference)
             made.append(Contrast(view, old, reference, values[part], generated.weights[part], generated.summary))
     return made
 
@@ -184,17 +185,18 @@ def _predict(
 def errors_of(policy: Policy[TextToImage], contrast: Contrast) -> Errors:
     """Run the policy and return the errors of all predictions."""
     view, number = contrast.view, len(contrast.weights)
-    prediction = policy.family.predict(policy.model, view.x_t, view.t, view.cond).float()
+    prediction = policy.family.predict(policy.model, view.x_t, view.t, view.cond.cycle(len(view.t))).float()
 
     def error(a: Tensor, b: Tensor) -> Tensor:
         return by_prompt(mean_square(a, b), number)
 
-    reference = prediction.detach() if contrast.reference is None else contrast.reference
+    old, reference = (prediction.detach() if x is None else x for x in (contrast.old, contrast.reference))
     return Errors(
         prediction,
+        old,
         policy=error(prediction, view.target),
-        old=error(contrast.old, view.target),
-        shift=error(prediction, contrast.old),
+        old=error(old, view.target),
+        shift=error(prediction, old),
         reference=error(reference, view.target),
         drift=error(prediction, reference),
     )

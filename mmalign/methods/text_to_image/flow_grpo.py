@@ -28,12 +28,11 @@ from mmalign.config.methods import FlowGRPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.steps import Gaussian, step, timestep
 from mmalign.families.base import TextToImage
-from mmalign.families.types import Conditioning
 from mmalign.losses.advantages import advantages
 from mmalign.losses.policy_gradient import clipped, is_clipped
 from mmalign.methods import Requirements, Step
 from mmalign.methods._generated import parts
-from mmalign.methods.text_to_image._images import policy_walk, predict_guided
+from mmalign.methods.text_to_image._images import Guided, guided, policy_walk, predict_guided
 from mmalign.methods.text_to_image._online import (
     Generated,
     by_prompt,
@@ -54,16 +53,14 @@ class Transitions:
         t: the times at the starts [KB].
         prev: the times at the ends [KB].
         to: their ends [KB, C, H, W].
-        cond: the conditioning [KB].
-        unconditional: the conditioning without a prompt [KB].
+        text: the conditioning of the prompts [B].
     """
 
     x_t: Tensor
     t: Tensor
     prev: Tensor
     to: Tensor
-    cond: Conditioning
-    unconditional: Conditioning
+    text: Guided
 
 
 @dataclass(frozen=True)
@@ -89,11 +86,20 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Path:
-    """Steps that are learned from: index of the first [B], starts, means and ends of all [W, K, B, C, H, W]."""
+    """Steps that are learned from.
+
+    Attributes:
+        first: index of the first [B].
+        starts: where they start [W, K, B, C, H, W].
+        means: means of the policy's distributions of their ends [W, K, B, C, H, W].
+        stds: standard deviations of these [W, K, B, 1, 1, 1].
+        ends: where they end [W, K, B, C, H, W].
+    """
 
     first: Tensor
     starts: Tensor
     means: Tensor
+    stds: Tensor
     ends: Tensor
 
 
@@ -111,15 +117,13 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, r
     for number in range(len(path.starts)):
         for part in parts(len(batch.rows), cfg.generation.prompts_per_contrast):
             sub, index = batch[part], path.first[part] + number
-            starts, means, ends = (x[number, :, part].flatten(0, 1) for x in (path.starts, path.means, path.ends))
-            cond, unconditional = (
-                family.condition(text.repeat(k), sub.sizes.repeat(k, 1)) for text in (sub.text, sub.unconditional)
-            )
-            view = Transitions(starts, times[index].repeat(k), times[index + 1].repeat(k), ends, cond, unconditional)
-            std = step(family.schedule, starts, starts, view.t, view.prev, cfg.generation.eta).std
+            kept = (path.starts, path.means, path.stds, path.ends)
+            starts, means, stds, ends = (x[number, :, part].flatten(0, 1) for x in kept)
+            text = guided(family, sub, cfg.generation.guidance)
+            view = Transitions(starts, times[index].repeat(k), times[index + 1].repeat(k), ends, text)
             reference = policy.on_reference(partial(step_law, family, cfg, view))
             weights = generated.weights[part]
-            made.append(Contrast(view, Gaussian(means, std), reference, values[part], weights, generated.summary))
+            made.append(Contrast(view, Gaussian(means, stds), reference, values[part], weights, generated.summary))
     return made
 
 
@@ -143,12 +147,13 @@ def sample_path(
         batch_size=own.batch_size,
     )
     x = start_latents(batch, own, rng)
-    path = Path(first, *(x.new_zeros(size, *x.shape) for _ in range(3)))
+    starts, means, ends = (x.new_zeros(size, *x.shape) for _ in range(3))
+    path = Path(first, starts, means, x.new_zeros(size, *x.shape[:2], 1, 1, 1), ends)
     for index in range(own.steps):
         law = walk.law(x, index, walk.prediction(x, index))
         following = law.sample(walk.noise(len(x), index))
         rows = stochastic[index].nonzero().flatten()
-        for kept, values in ((path.starts, x), (path.means, law.mean), (path.ends, following)):
+        for kept, values in ((path.starts, x), (path.means, law.mean), (path.stds, law.std), (path.ends, following)):
             kept[distance[index, rows], :, rows] = values[:, rows].transpose(0, 1)
         x = following
     return path, judge_latents(policy.family, batch, x), walk.times
@@ -156,9 +161,9 @@ def sample_path(
 
 def step_law(family: TextToImage, cfg: Config, view: Transitions, net: nn.Module) -> Gaussian:
     """Return a network's distribution of the ends of steps, under guidance."""
-    own = cfg.generation
-    prediction = predict_guided(family, net, view.x_t, view.t, view.cond, view.unconditional, own.guidance)
-    return step(family.schedule, prediction, view.x_t, view.t, view.prev, own.eta)
+    rows = torch.arange(len(view.t), device=view.t.device) % len(view.text.cond)
+    prediction = predict_guided(family, net, view.x_t, view.t, view.text[rows])
+    return step(family.schedule, prediction, view.x_t, view.t, view.prev, cfg.generation.eta)
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:

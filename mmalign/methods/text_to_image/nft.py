@@ -48,7 +48,7 @@ def _clean_errors(family: TextToImage, contrast: Contrast, errors: Errors) -> tu
     view, number = contrast.view, len(contrast.weights)
     target, *predicted = (
         family.schedule.to_clean(answer.float(), view.x_t, view.t)
-        for answer in (view.target, errors.prediction, contrast.old)
+        for answer in (view.target, errors.prediction, errors.old_prediction)
     )
     new, old = (by_prompt((clean - target).flatten(1), number) for clean in predicted)
     return new, old

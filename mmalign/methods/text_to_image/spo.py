@@ -35,11 +35,10 @@ from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.steps import Gaussian, grid, step, timestep
 from mmalign.diffusion.walk import Walk
 from mmalign.families.base import TextToImage
-from mmalign.families.types import Conditioning
 from mmalign.losses import pairwise as losses
 from mmalign.methods import Contrasts, Requirements, Step
 from mmalign.methods._pair_loss import preference_step
-from mmalign.methods.text_to_image._images import judge_images, policy_walk, predict_guided
+from mmalign.methods.text_to_image._images import Guided, guided, judge_images, policy_walk, predict_guided
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
@@ -73,8 +72,8 @@ class Transitions:
         x_t: the latents that steps start from [M, C, H, W].
         t: their times [M].
         prev: the times that the steps lead to [M].
-        cond: the conditioning [M].
-        unconditional: the conditioning without a prompt [M].
+        text: the conditioning of all prompts of the batch [B].
+        prompt: the index in `text` of each start's prompt [M].
         source: the index in `x_t` of each step's start [2P], chosen steps first.
         to: the latents that the steps lead to [2P, C, H, W].
     """
@@ -82,8 +81,8 @@ class Transitions:
     x_t: Tensor
     t: Tensor
     prev: Tensor
-    cond: Conditioning
-    unconditional: Conditioning
+    text: Guided
+    prompt: Tensor
     source: Tensor
     to: Tensor
 
@@ -146,7 +145,7 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
 
 def step_scores(family: TextToImage, cfg: Config, view: Transitions, net: nn.Module) -> Scores:
     """Return the mean log-probability [P] of chosen and rejected steps, with one guided prediction per start."""
-    prediction = predict_guided(family, net, view.x_t, view.t, view.cond, view.unconditional, cfg.guidance)
+    prediction = predict_guided(family, net, view.x_t, view.t, view.text[view.prompt])
     law = step(family.schedule, prediction, view.x_t, view.t, view.prev, cfg.eta)
     chosen, rejected = Gaussian(law.mean[view.source], law.std[view.source]).log_prob(view.to).chunk(2)
     return {"chosen": chosen, "rejected": rejected}
@@ -205,13 +204,13 @@ def _contrast(
     # Step index and prompt index of every start
     numbers = torch.tensor([pair.step_index for pair in pairs]).repeat_interleave(torch.tensor(sizes))
     prompts = torch.tensor([pair.prompt for pair in pairs]).repeat_interleave(torch.tensor(sizes)).to(device)
-    times, text = grid(policy.family.schedule, cfg.steps), batch.text[prompts]
+    times = grid(policy.family.schedule, cfg.steps)
     view = Transitions(
         x_t=torch.cat([pair.start for pair in pairs]),
         t=times[numbers].to(device),
         prev=times[numbers + 1].to(device),
-        cond=policy.family.condition(text, batch.sizes[prompts]),
-        unconditional=policy.family.condition(batch.unconditional[prompts], batch.sizes[prompts]),
+        text=guided(policy.family, batch, cfg.guidance),
+        prompt=prompts,
         source=torch.cat([first, last]).to(device),
         to=torch.stack([pair.to for pair in pairs], 1).flatten(0, 1),
     )

@@ -35,7 +35,7 @@ from mmalign.losses import pairwise
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Requirements, Step
 from mmalign.methods.text_to_image._denoising import noise_pairs
-from mmalign.methods.text_to_image._images import decode_images, predict_guided
+from mmalign.methods.text_to_image._images import Guided, decode_images, predict_guided
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
@@ -80,8 +80,8 @@ def predict_images(
     painter = family.denoiser
     t = any_time(painter.schedule, batch.rows, rng) if t is None else t
     view = noise_pairs(painter, batch, 0.0, rng, t=t)
-    empty = painter.condition(batch.unconditional.repeat(2), batch.sizes)
-    answer = predict_guided(painter, painter.network, view.x_t, view.t, view.cond, empty, guidance)
+    empty = None if guidance == 1 else painter.condition(batch.unconditional.repeat(2), batch.sizes)
+    answer = predict_guided(painter, painter.network, view.x_t, view.t, Guided(guidance, view.cond, empty))
     clean = painter.schedule.to_clean(answer, view.x_t, view.t)
     return decode_images(painter, clean), timestep(painter.schedule, view.t)
 

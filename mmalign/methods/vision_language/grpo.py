@@ -8,8 +8,8 @@
 `reduction` averages over tokens: within each answer and then over answers (GRPO), as a sum divided by the limit of
 tokens (Dr. GRPO, arXiv:2503.20783), or over all tokens of an update (DAPO, arXiv:2503.14476). `importance: sequence`
 takes the geometric mean of an answer's ratios (GSPO, arXiv:2507.18071). Standard deviations divide by K - 1, as TRL's.
-Log-probabilities are those at temperature 1. Where a batch is learned from once, the old policy is the policy, and its
-own scores without gradient save a pass.
+Log-probabilities are those at temperature 1. Until the first update the policy is the old one, so the first contrast of
+a batch that is learned from once needs no pass for it.
 
 B questions, K answers to each: KB rows. R is the most tokens of an answer.
 """
@@ -65,7 +65,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     for questions in once:
         every = [(k, b) for k in range(cfg.generation.answers) for b in questions]
         given = answered.select(family, questions, every)
-        moves = len(once) * cfg.generation.updates > 1
+        moves = bool(made) or cfg.generation.updates > 1
         score = partial(family.token_logps, tokens=given.tokens, features=given.features)
         old, reference = score(policy.unwrapped) if moves else None, policy.on_reference(score)
         made.append(Contrast(given, values[questions].T.flatten(), old, reference, answered.summary))

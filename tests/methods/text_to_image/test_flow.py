@@ -24,7 +24,9 @@ FAMILY: Any = SimpleNamespace(predict=lambda net, x_t, t, cond: net, schedule=Fl
 
 def view() -> NoisedPairs:
     x_0, eps, t = GIVEN["latents"], GIVEN["noise"], GIVEN["sigma"]
-    return NoisedPairs(Flow().add_noise(x_0, eps, t), t, Flow().target(x_0, eps, t), Conditioning({}))
+    return NoisedPairs(
+        Flow().add_noise(x_0, eps, t), t, Flow().target(x_0, eps, t), Conditioning({"embeds": t[:, None]})
+    )
 
 
 def policy(answers: Tensor) -> Policy:

@@ -61,13 +61,29 @@ def test_on_policy_gradient_is_the_advantage_s(family: TextToImage) -> None:
     contrast: Contrast
     contrast, _ = made("nft", policy, prompts(family), config("nft", **options))
     view = contrast.view
-    error = (family.predict(policy.model, view.x_t, view.t, view.cond) - view.target).square().mean((1, 2, 3))
+    error = (family.predict(policy.model, view.x_t, view.t, view.cond.repeat(3)) - view.target).square().mean((1, 2, 3))
     losses = (contrast.advantages / 2 * error.view(3, 3).T).mean(1)
     expected = gradient(policy, methods.Step(losses, contrast.weights, {}))
     for method, more in ((nft, {}), (awm, {"measure": "plain"})):
         step = method.loss(policy, contrast, config(method.__name__.rpartition(".")[2], **options, **more))
         actual = gradient(policy, step)
         assert (actual - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["awm", "crd", "dgpo", "nft"])
+def test_the_first_contrast_has_the_old_prediction_in_its_loss(sd: TextToImage, name: str) -> None:
+    """It is the policy's own until the first update; the conditioning is that of the prompts."""
+    policy, cfg, method = full(sd), config(name, **({"weighting": "l1"} if name == "nft" else {})), methods.find(name)
+    first, second = made(name, policy, prompts(sd), cfg)
+    assert first.old is None and second.old is not None and len(first.view.cond) == 3
+    view = first.view
+    with torch.no_grad():
+        old = sd.predict(policy.model, view.x_t, view.t, view.cond.repeat(3))
+    steps = [method.loss(policy, contrast, cfg) for contrast in (first, replace(first, old=old))]
+    gradients = [gradient(policy, step) for step in steps]
+    torch.testing.assert_close(steps[0].losses, steps[1].losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    assert gradients[1].norm() > 1e-3
 
 
 def moved(policy: Policy) -> None:
@@ -86,12 +102,13 @@ def test_weighted_nft_is_the_published_loss(family: TextToImage) -> None:
     with torch.no_grad():
         generated = generate(policy, batch, cfg.generation, DRAWS)
     contrast: Contrast
-    contrast, _ = made("nft", policy, batch, cfg)
+    _, contrast = made("nft", policy, batch, cfg)
     moved(policy)
     step = nft.loss(policy, contrast, cfg)
     view, x_0 = contrast.view, generated.latents.flatten(0, 1)
     with torch.no_grad():
-        new = family.predict(policy.model, view.x_t, view.t, view.cond)
+        new = family.predict(policy.model, view.x_t, view.t, view.cond.repeat(3))
+    assert contrast.old is not None
     share, expected = contrast.advantages.T.flatten() / 5, torch.zeros(9)
     for sign in (1, -1):
         mixed = (1 - sign * beta) * contrast.old + sign * beta * new
@@ -157,7 +174,8 @@ def test_parts_of_a_batch_are_the_whole(sd: TextToImage) -> None:
         rows = torch.arange(9).view(3, 3)
         assert torch.equal(parts[0].view.x_t, contrast.view.x_t[rows[:, :2].flatten()])
         assert torch.equal(parts[1].view.x_t, contrast.view.x_t[rows[:, 2]])
-        torch.testing.assert_close(parts[1].old, contrast.old[rows[:, 2]], rtol=1e-4, atol=1e-5)
+        assert [part.old is None for part in parts] == [index == 0, False]
+    torch.testing.assert_close(parts[1].old, contrast.old[rows[:, 2]], rtol=1e-4, atol=1e-5)
 
 
 def test_the_company_of_a_prompt_changes_neither_its_images_nor_its_advantages(sd: TextToImage) -> None:

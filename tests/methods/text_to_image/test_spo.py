@@ -22,7 +22,7 @@ from mmalign.losses import pairwise
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Step
 from mmalign.methods.text_to_image import spo
-from mmalign.methods.text_to_image._images import predict_guided
+from mmalign.methods.text_to_image._images import Guided, predict_guided
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.rng import KeyedRNG
 from tests.helpers.golden import golden
@@ -154,9 +154,8 @@ def test_chosen_step_has_the_best_scored_image(sd: TextToImage) -> None:
 def _guided(family: TextToImage, policy: Policy, pair: spo.Preferred, cfg: spo.Config) -> Tensor:
     text = family.encode_prompts([PROMPTS[ROWS[pair.prompt]]])
     with torch.no_grad():
-        return predict_guided(
-            family, policy.model, pair.start, torch.tensor([1]), text, family.unconditional(), cfg.guidance
-        )
+        both = Guided(cfg.guidance, text, family.unconditional())
+        return predict_guided(family, policy.model, pair.start, torch.tensor([1]), both)
 
 
 @pytest.mark.slow
@@ -221,10 +220,9 @@ def two_forwards(policy: Policy, contrast: spo.Contrast, cfg: spo.Config) -> Ten
     view, sides = contrast.view, len(contrast.weights)
     scores = []
     for of, to in zip(view.source.split(sides), view.to.split(sides), strict=True):
-        side_view = replace(view, x_t=view.x_t[of], t=view.t[of], prev=view.prev[of], cond=view.cond[of])
+        side_view = replace(view, x_t=view.x_t[of], t=view.t[of], prev=view.prev[of], prompt=view.prompt[of])
         side_view = replace(
             side_view,
-            unconditional=view.unconditional[of],
             source=torch.arange(sides).repeat(2),
             to=to.repeat(2, 1, 1, 1),
         )
@@ -288,7 +286,7 @@ def test_the_margin_is_linear_in_the_policy_s_mean(sd: TextToImage) -> None:
             laws = [
                 step(
                     sd.schedule,
-                    predict_guided(sd, net, v.x_t, v.t, v.cond, v.unconditional, cfg.guidance),
+                    predict_guided(sd, net, v.x_t, v.t, v.text[v.prompt]),
                     v.x_t,
                     v.t,
                     v.prev,

@@ -221,6 +221,12 @@ def test_a_batch_is_learned_from_in_parts_and_passes(method: Any, llava: VisionL
     made = contrasts(method, policy, given, cfg)
     assert methods.requirements_of(cfg).contrasts(3).number == len(made) == 4
     steps = [method.loss(policy, contrast, cfg) for contrast in made]
+    if method is grpo:
+        assert all(contrast.old is not None for contrast in made)
+        once = configured(grpo, generation={"questions_per_contrast": 2})
+        first, second = contrasts(grpo, policy, given, once)
+        assert first.old is None and second.old is not None
+        torch.testing.assert_close(grpo.loss(policy, first, once).losses, steps[0].losses, rtol=1e-4, atol=1e-5)
     expected = method.loss(policy, whole, configured(method)).losses
     for first in (0, 2):
         torch.testing.assert_close(
