@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mmalign.config.base import Section
+from mmalign.config.base import MethodConfig, Section
 from mmalign.config.methods._shared import DenoisingMethodConfig, JudgedMethodConfig
 
 
@@ -95,6 +95,17 @@ class AdvantageMethodConfig(OnlineConfig):
     advantages: AdvantageConfig = AdvantageConfig()
 
 
+class DivergenceConfig(MethodConfig):
+    """Weight of the difference to the reference, which is loaded for it."""
+
+    kl: float = Field(ge=0, description="weight of the squared difference to the reference's prediction")
+
+    @property
+    def uses_reference(self) -> bool:
+        """True if the difference has a weight."""
+        return self.kl > 0
+
+
 class DiffusionOnlineDPOConfig(DenoisingMethodConfig, OnlineConfig):
     """Hyper-parameters; beta is Flow-Factory's for FLUX, in the range of Diffusion-DPO's."""
 
@@ -110,7 +121,7 @@ class DiffusionOnlineDPOConfig(DenoisingMethodConfig, OnlineConfig):
         return self
 
 
-class NFTConfig(AdvantageMethodConfig):
+class NFTConfig(DivergenceConfig, AdvantageMethodConfig):
     """Hyper-parameters; beta and kl are the release's."""
 
     name: Literal["nft"] = "nft"
@@ -120,13 +131,8 @@ class NFTConfig(AdvantageMethodConfig):
     )
     kl: float = Field(1e-4, ge=0, description="weight of the squared difference to the reference's prediction")
 
-    @property
-    def uses_reference(self) -> bool:
-        """True if the difference to the reference has a weight."""
-        return self.kl > 0
 
-
-class AWMConfig(AdvantageMethodConfig):
+class AWMConfig(DivergenceConfig, AdvantageMethodConfig):
     """Hyper-parameters; the defaults are the release's, with the generating policy for its moving average."""
 
     name: Literal["awm"] = "awm"
@@ -136,11 +142,6 @@ class AWMConfig(AdvantageMethodConfig):
     clip: float | None = Field(1.0, gt=0, description="clipping range of the ratio around 1; null for none")
     trust: float = Field(1.0, ge=0, description="weight of the squared change of the prediction since generation")
     kl: float = Field(1e-3, ge=0, description="weight of the squared difference to the reference's prediction")
-
-    @property
-    def uses_reference(self) -> bool:
-        """True if the difference to the reference has a weight."""
-        return self.kl > 0
 
 
 class DGPOConfig(AdvantageMethodConfig):
@@ -174,7 +175,7 @@ class CRDConfig(AdvantageMethodConfig):
         return self.kl > 0 or self.least_kl > 0
 
 
-class FlowGRPOConfig(JudgedConfig):
+class FlowGRPOConfig(DivergenceConfig, JudgedConfig):
     """Hyper-parameters; the defaults are Flow-GRPO's, with the KL divergence in nats."""
 
     name: Literal["flow_grpo"] = "flow_grpo"
@@ -195,8 +196,3 @@ class FlowGRPOConfig(JudgedConfig):
         description="centre and scale the ratio, and divide the loss by the step's length, so that all steps count "
         "alike (GRPO-Guard)",
     )
-
-    @property
-    def uses_reference(self) -> bool:
-        """True if the divergence to the reference has a weight."""
-        return self.kl > 0

@@ -35,9 +35,6 @@ class OnlineDPOConfig(ResponseMethodConfig, OnlineResponsesConfig):
     """Hyper-parameters; beta is TRL's."""
 
     name: Literal["online_dpo"] = "online_dpo"
-    beta: float = Field(
-        0.1, gt=0, description="one over the unit of the scores: nats of a response, or with means of a token"
-    )
     mixture: float = Field(
         0.0,
         ge=0,
