@@ -46,7 +46,7 @@ def card(trained: TrainedModel, form: str, table: Sequence[Sequence[str]] | None
         if table
         else "Not evaluated: `mmalign evaluate` compares it with the base model.",
         "Use": f"`{modality.loading_hint(recipe.model.tune, Path('.'), form)}`",
-        "Training": f"{info.step} updates of {info.pairs_per_update} pairs from {base}, by mmalign. "
+        "Training": f"{info.step} updates of {trained.pairs_per_update} pairs from {base}, by mmalign. "
         f"Fingerprint of the pairs: `{info.identity['pairs']}`; of the base model: "
         f"`{info.identity['model']}`.{changes}",
         "Recipe": f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```",

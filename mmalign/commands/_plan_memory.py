@@ -8,6 +8,7 @@ backward, and `LiveBytes` counts the tensors that live at once, as `mmalign benc
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -216,8 +217,9 @@ class _Activations:
         policy, config = self.policy, self.recipe.method
         method: Any = methods.find(config.name)
         if method.requirements(config).generates:
-            # A generated pair costs as much as a given one
-            size = method.requirements(config).contrasts(size).pairs
+            # A generated row costs as much as a given one, of which a pair has two
+            made = method.requirements(config).contrasts(size)
+            size = math.ceil(made.pairs * made.rows_per_pair / 2)
             of_images = find_method(config.name)[0] == "text_to_image"
             method, config = (diffusion_dpo, DiffusionDPOConfig()) if of_images else (dpo, DPOConfig())
         batch, trained, rng = self.example.batch(size), policy.trainable(), KeyedRNG(self.recipe.train.seed)

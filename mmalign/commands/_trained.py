@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from mmalign.commands.load_recipe import load_recipe
-from mmalign.commands.train import build_policy
+from mmalign.commands.train import build_policy, pairs_per_update
 from mmalign.config import Recipe
+from mmalign.methods import requirements_of
 from mmalign.modalities import loading
 from mmalign.policy import Policy
 from mmalign.training import checkpoint
@@ -48,6 +49,13 @@ class TrainedModel:
             return load_recipe(self.info.record.recipe)
         except ValueError as error:
             raise ValueError(f"{self.folder / RUN_INFO}: {error}; train again") from error
+
+    @property
+    def pairs_per_update(self) -> int:
+        """The number of pairs of an update, over all processes and contrasts."""
+        recipe = self.recipe
+        num_processes = self.info.rows_per_batch // recipe.train.batch_size
+        return pairs_per_update(recipe.train, requirements_of(recipe.method), num_processes)
 
     def load(self, family: Any) -> Policy:
         """Load the policy, with the base model as its reference, both frozen.

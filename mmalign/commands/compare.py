@@ -27,6 +27,7 @@ from mmalign.config import Recipe
 from mmalign.evaluation.best_of import describe_bound
 from mmalign.evaluation.comparison import TableRow, add_differences
 from mmalign.evaluation.metrics import summarize_runs
+from mmalign.methods import requirements_of
 from mmalign.modalities import Samples, modality_of
 from mmalign.pages.comparison import as_markdown, plot_curve
 from mmalign.resources import locate
@@ -170,22 +171,23 @@ def _stages(
     overrides: Sequence[str],
 ) -> Iterator[Stage]:
     """Yield the stages of a recipe's runs, the shortest first."""
-    batch_size, train = recipe.train.batch_size * recipe.train.gradient_accumulation_steps, recipe.train
-    if pairs and train.schedule != "constant":
+    options = recipe.train
+    batch_size = train.pairs_per_update(options, requirements_of(recipe.method))
+    if pairs and options.schedule != "constant":
         raise ValueError(
-            f"compare: {name} has train.schedule {train.schedule}, which follows from train.steps, so that a "
+            f"compare: {name} has train.schedule {options.schedule}, which follows from train.steps, so that a "
             "shorter run is not the beginning of a longer one; leave --pairs out, or set train.schedule=constant"
         )
-    lengths: dict[int, list[int | None]] = {train.steps: [None]}
+    lengths: dict[int, list[int | None]] = {options.steps: [None]}
     for number in sorted(set(pairs)):
         if number < batch_size or number % batch_size:
             raise ValueError(
                 f"compare: --pairs {number} is not a whole number of updates of {name}, which takes {batch_size} pairs "
-                "at a time; name a multiple of every recipe's train.batch_size times train.gradient_accumulation_steps"
+                "at a time; name a multiple of what an update of every recipe takes"
             )
         lengths.setdefault(number // batch_size, []).append(number)
     for steps, numbers in sorted(lengths.items()):
-        suffix = "" if steps == train.steps else f"-{steps * batch_size}-pairs"
+        suffix = "" if steps == options.steps else f"-{steps * batch_size}-pairs"
         settings, folder = [*overrides, f"train.steps={steps}"], output / name
         runs = [_load_run(source, settings, folder / f"seed-{seed}{suffix}", seed, output) for seed in range(seeds)]
         yield Stage(name, numbers, runs)
@@ -204,7 +206,7 @@ def _load_run(source: str, overrides: Sequence[str], folder: Path, seed: int, ou
 
 def _num_pairs(recipe: Recipe) -> int:
     """Return the number of pairs that a recipe trains on, with repetition."""
-    return recipe.train.steps * recipe.train.batch_size * recipe.train.gradient_accumulation_steps
+    return recipe.train.steps * train.pairs_per_update(recipe.train, requirements_of(recipe.method))
 
 
 def _check_trained_by(recipe: Recipe) -> None:

@@ -78,7 +78,7 @@ def _title(trained: TrainedModel) -> str:
 def _training(trained: TrainedModel) -> dict[str, str]:
     """Return the settings of model, method and training, as the trained model records them."""
     info, recipe = trained.info, trained.recipe
-    done = f"{info.step} updates of {info.pairs_per_update} pairs"
+    done = f"{info.step} updates of {trained.pairs_per_update} pairs"
     settings = {
         "model": recipe.model.path,
         "method": _words({"name": recipe.method.name, **recipe.method.model_dump(exclude_defaults=True)}),

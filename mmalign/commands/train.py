@@ -119,9 +119,7 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
         accelerator,
         options.steps,
         options.log_every,
-        pairs_per_update=accelerator.num_processes
-        * needs.contrasts(options.batch_size).pairs
-        * options.gradient_accumulation_steps,
+        pairs_per_update=pairs_per_update(options, needs, accelerator.num_processes),
         first=saved.step if saved is not None else 0,
     )
     if saved is not None and saved.step == options.steps:
@@ -179,6 +177,11 @@ def _result(recipe: Recipe, run: TrainingRun, reporter: Reporter, started: float
     return Trained(folder, run.progress.step, time.time() - started, reporter.verdict, reporter.history)
 
 
+def pairs_per_update(options: Train, needs: methods.Requirements, num_processes: int = 1) -> int:
+    """Return the number of pairs of an update, over all processes and contrasts; two generated outputs are a pair."""
+    return num_processes * needs.contrasts(options.batch_size).pairs * options.gradient_accumulation_steps
+
+
 def describe_updates(options: Train, needs: methods.Requirements, num_pairs: int, num_processes: int) -> str:
     """Return a sentence with the pairs of an update, and the updates of an epoch and of the run.
 
@@ -191,7 +194,7 @@ def describe_updates(options: Train, needs: methods.Requirements, num_pairs: int
     num_batches = max(1, num_pairs // (options.batch_size * num_processes))  # a partial batch alone counts
     per_batch, accumulated = needs.contrasts(options.batch_size).number, options.gradient_accumulation_steps
     per_epoch = num_batches * per_batch / accumulated
-    number, epochs = num_processes * options.batch_size * accumulated, options.steps / per_epoch
+    number, epochs = pairs_per_update(options, needs, num_processes), options.steps / per_epoch
     processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
     steps = f"an epoch has {per_epoch:g} updates, and {options.steps:,} updates are {_rounded(epochs)} epochs"
     if needs.generates:

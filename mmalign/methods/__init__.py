@@ -70,10 +70,11 @@ class Memory:
 
 
 class Contrasts(NamedTuple):
-    """Contrasts of a batch: their number, and how many pairs of outputs each runs through the network."""
+    """Contrasts of a batch: their number, the pairs of outputs in each, and the rows of the network for a pair."""
 
     number: int
     pairs: int
+    rows_per_pair: int = 2
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def parts(number: int, size: int | None) -> list[slice]:
     return [slice(first, first + step) for first in range(0, number, step)]
 
 
-def count_contrasts(times: int, outputs: int, size: int | None, number: int) -> Contrasts:
+def count_contrasts(times: int, outputs: int, size: int | None, number: int, *, rows_per_pair: int = 2) -> Contrasts:
     """Return the contrasts of a batch of so many prompts.
 
     Args:
@@ -27,8 +27,10 @@ def count_contrasts(times: int, outputs: int, size: int | None, number: int) -> 
         outputs: outputs of each prompt in a contrast.
         size: prompts of a contrast at most; None for all.
         number: prompts of the batch.
+        rows_per_pair: rows of the network for two outputs: 2, or 4 under guidance.
     """
-    return Contrasts(times * len(parts(number, size)), math.ceil(min(number, size or number) * outputs / 2))
+    pairs = math.ceil(min(number, size or number) * outputs / 2)
+    return Contrasts(times * len(parts(number, size)), pairs, rows_per_pair)
 
 
 def summarize_rewards(rewards: Tensor, real: Tensor) -> dict[str, Tensor]:

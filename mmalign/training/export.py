@@ -28,16 +28,16 @@ class RunInfo:
     verdict: str = ""
 
     def __post_init__(self) -> None:
-        needed = ("model", "pairs", "pairs of a batch", "batches of an update")
+        needed = ("model", "pairs", "pairs of a batch")
         missing = [name for name in needed if name not in self.identity]
         if missing:
             raise ValueError(f"identity has no {missing[0]!r}")
-        _ = self.pairs_per_update
+        _ = self.rows_per_batch
 
     @property
-    def pairs_per_update(self) -> int:
-        """Number of pairs of an update, over all processes and batches."""
-        return int(self.identity["pairs of a batch"]) * int(self.identity["batches of an update"])
+    def rows_per_batch(self) -> int:
+        """Number of rows of a batch, over all processes."""
+        return int(self.identity["pairs of a batch"])
 
 
 def export(folder: Path, run: TrainingRun) -> None:

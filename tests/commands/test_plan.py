@@ -13,8 +13,8 @@ from mmalign.commands import _plan_memory
 from mmalign.commands import plan as command
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.plan import plan
-from mmalign.commands.train import describe_updates
-from mmalign.config.methods import SFTConfig
+from mmalign.commands.train import describe_updates, pairs_per_update
+from mmalign.config.methods import SFTConfig, SPOConfig
 from mmalign.methods import requirements_of
 from mmalign.training.optim import build_optimizer
 from tests.helpers import data_files, recipes
@@ -104,13 +104,31 @@ def test_many_epochs_are_called_few_pairs(tiny_sd15: Path, tmp_path: Path) -> No
     assert describe_updates(options, needs, 6400, 1).endswith("3,200 updates are 1 epochs")
 
 
+@pytest.mark.slow
+def test_guidance_doubles_the_rows_of_a_sampler_s_step(tiny_sd15: Path, tmp_path: Path) -> None:
+    """A pair of SPO's runs the network once, from its start; after inner steps each of its two steps has its own."""
+    reward = {"name": "function", "path": "none:none"}
+    estimates = []
+    for guidance in (1.0, 4.5):
+        method = {"name": "flow_grpo", "reward": reward, "generation": {"images": 2, "steps": 2, "guidance": guidance}}
+        recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path / "run", method=method))
+        estimates.append(_plan_memory.estimate(recipe, None, on_card=False).activations)
+    assert estimates[0](1) < estimates[0](2) == estimates[1](1)
+    rows = [
+        requirements_of(SPOConfig(reward=reward, inner_steps=inner, guidance=guidance)).contrasts(3).rows_per_pair
+        for inner, guidance in ((0, 1.0), (0, 5.0), (1, 1.0), (1, 5.0))
+    ]
+    assert rows == [1, 2, 2, 4]
+
+
 def test_updates_of_generated_images_are_counted_by_contrasts() -> None:
     """Sixteen prompts, four noisings of four parts; a contrast of DPO has two images a prompt, one of NFT all six."""
     settings = ["method.generation.prompts_per_contrast=4", "train.gradient_accumulation_steps=4"]
     for name, pairs in (("diffusion_online_dpo", 4), ("nft", 12)):
         recipe = load_recipe(f"text_to_image/{name}_tiny_sd", settings)
         needs = requirements_of(recipe.method)
-        assert needs.contrasts(16) == (16, pairs) and needs.contrasts(3) == (4, 3 * pairs // 4)
+        assert needs.contrasts(16) == (16, pairs, 2) and needs.contrasts(3) == (4, 3 * pairs // 4, 2)
+        assert pairs_per_update(recipe.train, needs, 2) == 2 * 4 * pairs
         told = describe_updates(recipe.train, needs, 1600, 1)
         assert (
             "a batch of 16 gives up to 16 contrasts; update: 1 process x 4 contrasts; an epoch has 400 updates" in told

@@ -101,7 +101,7 @@ def online_requirements(cfg: OnlineConfig) -> Requirements:
     return judged_requirements(cfg, cfg.generation.noisings, cfg.generation.images)
 
 
-def judged_requirements(cfg: JudgedConfig, times: int, learned: int) -> Requirements:
+def judged_requirements(cfg: JudgedConfig, times: int, learned: int, *, rows_per_pair: int = 2) -> Requirements:
     """Return the needs of a method that learns so many times from so many images of each prompt.
 
     They are prompts alone, a judge, the decoder of images, and a reference if the loss has one.
@@ -110,7 +110,9 @@ def judged_requirements(cfg: JudgedConfig, times: int, learned: int) -> Requirem
         reference=cfg.uses_reference,
         learns_from="prompts",
         vae_decoder=True,
-        contrasts=partial(count_contrasts, times, learned, cfg.generation.prompts_per_contrast),
+        contrasts=partial(
+            count_contrasts, times, learned, cfg.generation.prompts_per_contrast, rows_per_pair=rows_per_pair
+        ),
         reward=cfg.reward,
         combine=cfg.combine,
         judges_groups=True,

@@ -106,7 +106,8 @@ class Path:
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: prompts, a judge, and a reference for `kl`."""
     size = cfg.generation.window or cfg.generation.steps
-    return judged_requirements(cfg, size, cfg.generation.images)
+    rows = 2 if cfg.generation.guidance == 1 else 4
+    return judged_requirements(cfg, size, cfg.generation.images, rows_per_pair=rows)
 
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

@@ -99,10 +99,12 @@ class Contrast:
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: prompts alone, a reference and a reward model."""
+    starts = 1 if cfg.inner_steps == 0 else 2  # of a pair, at most
+    rows = starts if cfg.guidance == 1 else 2 * starts
     return Requirements(
         learns_from="prompts",
         vae_decoder=True,
-        contrasts=partial(Contrasts, cfg.steps - cfg.start),
+        contrasts=partial(Contrasts, cfg.steps - cfg.start, rows_per_pair=rows),
         reward=cfg.reward,
         hint_if_empty=NO_SURE_PAIR,
     )

@@ -53,8 +53,7 @@ def read_hashed(folder: Path) -> None:
 
 def read_trained(folder: Path) -> None:
     info = read_run_info(folder)
-    _ = info.pairs_per_update, str(info.record.changes)
-    _ = TrainedModel(folder, info, None).recipe
+    _ = TrainedModel(folder, info, None).pairs_per_update, str(info.record.changes)
 
 
 SOUND = written()
