@@ -6,6 +6,7 @@ have the advantage 0, exactly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -26,6 +27,7 @@ def advantages(
     unbiased: bool = False,
     clip: float | None = None,
     weights: Tensor | None = None,
+    total: Callable[[Tensor], Tensor] = lambda values: values,
     eps: float = 1e-4,
 ) -> Tensor:
     """Return rewards [B, K] minus their prompt's mean, in units of a standard deviation (GRPO, arXiv:2402.03300).
@@ -37,6 +39,7 @@ def advantages(
         unbiased: divide squares by their number less one, as TRL does; the releases for images divide by their number.
         clip: largest absolute advantage; None for no limit.
         weights: weights [B] of the prompts; those of weight 0, which fill a batch, are not in its standard deviation.
+        total: the sum over all processes, whose batches have one standard deviation.
         eps: added to the standard deviation; the releases' value.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -44,9 +47,16 @@ def advantages(
         centred = centred / (rewards.std(1, correction=int(unbiased), keepdim=True) + eps)
     elif scale == "batch":
         counted = rewards if weights is None else rewards[weights > 0]
-        centred = centred / ((counted.std(correction=int(unbiased)) if len(counted) else 0) + eps)
+        centred = centred / (_deviation(counted, unbiased, total) + eps)
     values = torch.where(informative(rewards)[:, None], centred, 0)
     return values if clip is None else values.clamp(-clip, clip)
+
+
+def _deviation(rewards: Tensor, unbiased: bool, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the standard deviation of all processes' rewards; 0 without any."""
+    number, reward = total(torch.stack([torch.ones_like(rewards).sum(), rewards.sum()]))
+    squares = total((rewards - reward / number.clamp(min=1)).square().sum())
+    return (squares / (number - int(unbiased)).clamp(min=1)).sqrt()
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class Policy(Generic[F]):
         reference: the reference; None for methods without one.
         skeleton: the bare network without weights, if it is sharded; None if every process holds all weights.
         memory: numbers of the run's past that the method's loss reads, by name; the loop changes them in place.
+        total: sum of a tensor over all processes, each of which has a batch of its own.
 
     Raises:
         ValueError: the reference is the model without its adapters, but other weights are trained and would change it.
@@ -61,6 +62,7 @@ class Policy(Generic[F]):
     reference: Reference
     skeleton: nn.Module | None = None
     memory: dict[str, float] = field(default_factory=dict)
+    total: Callable[[Tensor], Tensor] = lambda values: values
 
     def __post_init__(self) -> None:
         outside = _trained_outside_adapters(self.unwrapped) if isinstance(self.reference, AdaptersOff) else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,7 @@ def build_train_state(policy: Policy, options: Train, accelerator: Accelerator) 
         policy = replace(policy, model=model)
     else:
         optimizer = accelerator.prepare(optimizer)
+    policy = replace(policy, total=partial(accelerator.reduce, reduction="sum"))
     train_state = loop.TrainState(
         accelerator,
         optimizer,

@@ -43,6 +43,17 @@ LORA, FULL = ["model.tune=lora"], ["model.tune=full"]
 GENERATED = ["method.online.similarity=trigrams", "method.online.max_new_tokens=8", "method.online.tries=2"]
 MIXED = ["method.mixed.vocabulary=crowds", "method.mixed.max_new_tokens=8"]
 WHOLE_BATCH = "train.gradient_accumulation_steps=3"  # SPO's contrasts of a batch, whose pairs each process orders alone
+# Of pixels alone: a network rounds its rewards by their batch. That moved nft's gradient, a difference of images, ten
+# times as much as all else did.
+IMAGES_JUDGED = [
+    "method.reward={name: function, path: 'tests.helpers.image_batches:bright'}",
+    *(f"method.generation.{name}" for name in ("images=3", "steps=4", "noisings=1")),
+]
+ANSWERS_JUDGED = [
+    "data.path=assets/quickstart-answers.parquet",
+    "method.advantages=batch",
+    *(f"method.generation.{name}" for name in ("answers=4", "max_new_tokens=12")),
+]
 BDHS = "configs/vision_language/quickstart.yaml"
 
 
@@ -88,6 +99,8 @@ CASES = {
     "cca lora": replace(_image("cca", *LORA), coupled=True),
     "instruct_engine": _image("instruct_engine", *FULL),
     "spo": _image("spo", "data.limit=12", "method.steps=4", "method.start=1", WHOLE_BATCH),
+    "nft": _image("nft", *IMAGES_JUDGED),
+    "grpo": _response("grpo", *FULL, *ANSWERS_JUDGED),
     "step_preference": replace(_image("step_preference", "data.limit=60"), sharded=False),
     "dpo": _response("dpo", *FULL, "train.ema=0.9"),
     "dpo lora": _response("dpo", *LORA, "train.gradient_checkpointing=true"),

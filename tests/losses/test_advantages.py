@@ -32,6 +32,17 @@ def test_decoupled_advantages_are_gdpo_s() -> None:
     assert torch.equal(alone, 0.5 * advantages(REWARDS))  # a judge that tells nothing apart
 
 
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_batch_scale_is_of_all_processes(unbiased: bool) -> None:
+    rewards = torch.tensor([[1.0, 2.0], [4.0, 0.0], [7.0, 3.0]])
+    mine, other = rewards[:1], rewards[1:]
+    sums = iter([torch.tensor([4.0, other.sum()]), (other - rewards.mean()).square().sum()])  # of the other process
+    actual = advantages(mine, scale="batch", unbiased=unbiased, total=lambda values: values + next(sums))
+    torch.testing.assert_close(actual, advantages(rewards, scale="batch", unbiased=unbiased)[:1])
+    expected = torch.tensor([[-0.5, 0.5]]) / (rewards.std(correction=int(unbiased)) + 1e-4)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_batch_scale_is_of_all_weighted_rewards() -> None:
     """Rewards 0, 2 and 1, 5: deviations 1 and 2 of their means, sqrt(14 / 4) of all four; a padding row is not read."""
     rewards = torch.tensor([[0.0, 2.0], [1.0, 5.0], [100.0, 300.0]])

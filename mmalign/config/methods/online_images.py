@@ -83,8 +83,8 @@ class AdvantageConfig(Section):
 
     scale: Literal["group", "batch", "none"] = Field(
         "batch",
-        description="standard deviation that divides: of a prompt's rewards, of the batch on a process, as published "
-        "for DiffusionNFT and DGPO, or none",
+        description="standard deviation that divides: of a prompt's rewards, of the batch, as published for "
+        "DiffusionNFT and DGPO, or none",
     )
     clip: float = Field(5.0, gt=0, description="largest advantage, in either direction; as published")
 

@@ -64,7 +64,7 @@ class GRPOConfig(OnlineResponsesConfig):
     advantages: Literal["group", "batch", "none", "leave_one_out"] = Field(
         "group",
         description="reward less the mean of the question's answers, in units of their standard deviation, of that of "
-        "the batch on a process, or as it is (Dr. GRPO); or less the mean of the other answers (RLOO)",
+        "the batch, or as it is (Dr. GRPO); or less the mean of the other answers (RLOO)",
     )
 
     @model_validator(mode="after")

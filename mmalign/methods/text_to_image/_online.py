@@ -164,7 +164,7 @@ def online_contrasts(
     """
     generated, made = generate(policy, batch, cfg.generation, rng), list[Contrast]()
     scale, clip, size = cfg.advantages.scale, cfg.advantages.clip, cfg.generation.batch_size
-    values = advantages(generated.rewards, scale=scale, clip=clip, weights=batch.weights)
+    values = advantages(generated.rewards, scale=scale, clip=clip, weights=batch.weights, total=policy.total)
     for index in range(cfg.generation.noisings):
         for part in parts(len(batch.rows), cfg.generation.prompts_per_contrast):
             view = noise_images(policy.family, batch[part], generated.latents[:, part], rng, index)

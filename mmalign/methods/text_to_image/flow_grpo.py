@@ -113,7 +113,8 @@ def requirements(cfg: Config) -> Requirements:
 def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Generate and judge the images of a batch, and return contrasts of their steps, from noise to image."""
     path, generated, times = sample_path(policy, batch, cfg, rng)
-    values = advantages(generated.rewards, scale=cfg.advantages.scale, clip=cfg.advantages.clip, weights=batch.weights)
+    scale, clip = cfg.advantages.scale, cfg.advantages.clip
+    values = advantages(generated.rewards, scale=scale, clip=clip, weights=batch.weights, total=policy.total)
     made, family, k = list[Contrast](), policy.family, cfg.generation.images
     for number in range(len(path.starts)):
         for part in parts(len(batch.rows), cfg.generation.prompts_per_contrast):

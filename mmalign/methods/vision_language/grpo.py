@@ -16,7 +16,7 @@ B questions, K answers to each: KB rows. R is the most tokens of an answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,7 +60,7 @@ def requirements(cfg: Config) -> Requirements:
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Generate and judge the answers to a batch; return the contrasts of one pass after another."""
     answered, family, made = answer(policy, batch, cfg.generation, rng), policy.family, list[Contrast]()
-    values = _advantages(cfg, answered.rewards, batch.weights)
+    values = _advantages(cfg, answered.rewards, batch.weights, policy.total)
     once = answered.parts(cfg.generation.questions_per_contrast)
     for questions in once:
         every = [(k, b) for k in range(cfg.generation.answers) for b in questions]
@@ -99,8 +99,8 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     return Step(each, weights, {"loss": each.detach(), **means}, contrast.summary)
 
 
-def _advantages(cfg: Config, rewards: Tensor, weights: Tensor) -> Tensor:
+def _advantages(cfg: Config, rewards: Tensor, weights: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the advantages [B, K] of rewards [B, K]; padding is not in a batch's standard deviation."""
     if cfg.advantages == "leave_one_out":
         return advantages.leave_one_out(rewards)
-    return advantages.advantages(rewards, scale=cfg.advantages, unbiased=True, weights=weights)
+    return advantages.advantages(rewards, scale=cfg.advantages, unbiased=True, weights=weights, total=total)
