@@ -154,6 +154,10 @@ class ImageJudgeModel(Model):
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="random starts anew, with a network of the shape of `path`"
     )
+    attributes: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = Field(
+        {},
+        description="columns with a list of the images' ratings, and their lowest and highest value; each has a head",
+    )
 
     @model_validator(mode="after")
     def _takes(self) -> ImageJudgeModel:
@@ -161,6 +165,13 @@ class ImageJudgeModel(Model):
             raise ValueError(
                 "head: linear trains the last layers of pretrained towers; leave out head, or tune and weights"
             )
+        if self.attributes and self.tune == "lora":
+            raise ValueError("attributes: their heads train beside whole weights; use tune: full or head: linear")
+        for name, (low, high) in self.attributes.items():
+            if not low < high:
+                raise ValueError(
+                    f"attributes.{name}: got {low:g} and {high:g}; expected the lowest rating, then the highest"
+                )
         others = {"revision", "variant", "family", "quantize", "adapter"}
         for name, value in self.model_dump(include=others, exclude_none=True).items():
             raise ValueError(f"{name}: {value!r} does not apply to a judge of images; leave it out")

@@ -80,6 +80,7 @@ class ImagePair:
         source: the image that both images are edits of; None for images from a prompt alone.
         label: the pair's label.
         scores: the score of each image, larger is better; of a thumb 1 or 0. Empty for a pair.
+        attributes: the ratings of each image, NaN where there is none; empty where nothing reads any.
     """
 
     row: int
@@ -91,6 +92,7 @@ class ImagePair:
     source: ImageRef | None = None
     label: Label = NO_LABEL
     scores: tuple[float, ...] = ()
+    attributes: tuple[tuple[float, ...], ...] = ()
 
     @property
     def chosen(self) -> ImageRef:
@@ -114,8 +116,9 @@ class ImagePair:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Prompts, images and scores."""
-        return (self.prompt, self.rejected_prompt, *(image.key for image in self.images), *map(repr, self.scores))
+        """Prompts, images, scores and ratings."""
+        judged = map(repr, (*self.scores, *self.attributes))
+        return (self.prompt, self.rejected_prompt, *(image.key for image in self.images), *judged)
 
     @property
     def identity(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ The score is the cosine of both vectors times the learned scale, as the reward m
 trained are both towers, adapters in them, or the last linear layer of each on features that do not change.
 
 N images of M prompts, N a multiple of M; S is the side of the judge's input image, L the number of tokens, D and E are
-the widths of features and vectors.
+the widths of features and vectors. A is the number of attributes, which heads predict beside the score.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ from mmalign.families.types import Loading, LoraSettings
 from mmalign.policy.sharding import ShardPlan
 from mmalign.reading.weights import tensors_only
 from mmalign.rewards import _clip_files, open_clip
+from mmalign.rewards._attributes import AttributeHeads, Scales, load_heads
 from mmalign.rewards.open_clip import ClipParts, TextFeatures
 
 if TYPE_CHECKING:
@@ -43,14 +45,15 @@ class ClipScorer(nn.Module):
 
     Attributes:
         clip: the CLIP.
+        attributes: the heads of attributes; None without any.
     """
 
-    def __init__(self, clip: CLIP) -> None:
+    def __init__(self, clip: CLIP, attributes: AttributeHeads | None = None) -> None:
         super().__init__()
-        self.clip = clip
+        self.clip, self.attributes = clip, attributes
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
-        """Return scores [N], float32; image i belongs to prompt i mod M.
+        """Return scores and predictions of the attributes [N, 1 + A], float32; image i belongs to prompt i mod M.
 
         Args:
             images: preprocessed images [N, 3, S, S], or features of them [N, D].
@@ -64,9 +67,9 @@ class ClipScorer(nn.Module):
         else:
             image = self.clip.encode_image(images, normalize=True)
             prompt = self.clip.encode_text(text, normalize=True)
-        cosine: Tensor = (image.float() * prompt.float().repeat(len(image) // len(prompt), 1)).sum(-1)
-        scale: Tensor = self.clip.logit_scale.float().exp()
-        return scale * cosine
+        image, prompt = image.float(), prompt.float().repeat(len(image) // len(prompt), 1)
+        scores = self.clip.logit_scale.float().exp() * (image * prompt).sum(-1, keepdim=True)
+        return scores if self.attributes is None else torch.cat([scores, self.attributes(image, prompt)], 1)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return the features [N, D] of images [N, 3, S, S], before the last linear layer."""
@@ -89,14 +92,15 @@ class ClipScorer(nn.Module):
         return features
 
     def head(self) -> list[nn.Parameter]:
-        """Return the weights of the last linear layers and of the scale.
+        """Return the weights of the last linear layers, of the scale and of the attributes' heads.
 
         Raises:
             ValueError: a tower has no such layer.
         """
         vision, text = self._towers
         last = text.text_projection
-        return [vision.proj, *(last.parameters() if isinstance(last, nn.Linear) else [last]), self.clip.logit_scale]
+        layers = [vision.proj, *(last.parameters() if isinstance(last, nn.Linear) else [last]), self.clip.logit_scale]
+        return layers if self.attributes is None else [*layers, *self.attributes.parameters()]
 
     def add_adapter(self, config: LoraConfig) -> None:
         """Add adapters, as networks of diffusers and transformers do."""
@@ -252,11 +256,13 @@ class ImageJudge:
             lora.absorb_adapters(net)
         weights = {name: x.detach().cpu().to(dtype) for name, x in net.clip.state_dict().items()}
         _clip_files.write(self.parts, folder, weights)
+        if net.attributes is not None:
+            net.attributes.save(folder)
         return weights
 
     def load_trained(self, folder: Path) -> nn.Module:
         with tensors_only():
-            net = ClipScorer(open_clip.load_parts(str(folder)).model)
+            net = ClipScorer(open_clip.load_parts(str(folder)).model, load_heads(folder))
         return net.requires_grad_(False).eval().to(self.loading.device)
 
     def preprocess(self, image: Image.Image) -> Tensor:
@@ -291,13 +297,24 @@ class ImageJudge:
 
     def score(self, net: nn.Module, images: Tensor, text: Tensor) -> Tensor:
         """Return the scores [N], float32, of the inputs of N images and of M prompts (see ClipScorer)."""
+        return self.judge(net, images, text)[:, 0]
+
+    def judge(self, net: nn.Module, images: Tensor, text: Tensor) -> Tensor:
+        """Return the scores and the predictions of the attributes [N, 1 + A], float32."""
         with self.loading.autocast():
-            scores: Tensor = net(images, text)
-        return scores.float()
+            values: Tensor = net(images, text)
+        return values.float()
 
 
-def load(path: str, loading: Loading, *, head_only: bool = False, random: bool = False) -> ImageJudge:
-    """Load a CLIP to train: of open_clip or transformers, with its weights or with random ones.
+def load(
+    path: str,
+    loading: Loading,
+    *,
+    head_only: bool = False,
+    random: bool = False,
+    attributes: Scales = MappingProxyType({}),
+) -> ImageJudge:
+    """Load a CLIP to train: of open_clip or transformers, with its weights or with random ones, and new heads.
 
     Raises:
         ValueError: the path has neither, a tower has batch normalization, or `head_only` and no known last layer.
@@ -309,7 +326,15 @@ def load(path: str, loading: Loading, *, head_only: bool = False, random: bool =
             f"model.path: the vision tower of {path} has batch normalization, whose running statistics are no weights; "
             "expected a vision transformer, such as ViT-B-32's"
         )
-    network = ClipScorer(parts.model.float()).requires_grad_(False).eval().to(loading.device)
+    heads = AttributeHeads(attributes, _width(parts.model)) if attributes else None
+    network = ClipScorer(parts.model.float(), heads).requires_grad_(False).eval().to(loading.device)
     if head_only:
         network.head()
     return ImageJudge(path, parts, network, loading, head_only)
+
+
+@torch.no_grad()
+def _width(clip: CLIP) -> int:
+    """Return the width of a CLIP's vectors."""
+    vectors: Tensor = clip.encode_text(torch.zeros(1, clip.context_length, dtype=torch.long))
+    return vectors.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +25,7 @@ from mmalign.data.loaders.judged_images import JudgedImageReader, encode_feature
 from mmalign.data.loaders.sampler import EpochSampler
 from mmalign.data.pairs import ImagePair, output_names
 from mmalign.doctor.corpus import NotChecked, RecipeInputs
-from mmalign.evaluation.benchmarks import judge
+from mmalign.evaluation.benchmarks import judge, judge_attributes
 from mmalign.evaluation.judged_rows import judge_rows
 from mmalign.evaluation.metrics import SIDES
 from mmalign.families import image_judge
@@ -90,13 +91,14 @@ def load_family(model: Model, options: Loading) -> ImageJudge:
     """
     assert isinstance(model, ImageJudgeModel)
     head, random = model.head is not None, model.weights == "random"
-    return image_judge.load(model.path, options, head_only=head, random=random)
+    return image_judge.load(model.path, options, head_only=head, random=random, attributes=model.attributes)
 
 
 def describe_head(model: Model) -> dict[str, str]:
-    """Return the part of the network that is trained, if it is not all of it."""
+    """Return the part of the network that is trained, if it is not all of it, and the attributes."""
     assert isinstance(model, ImageJudgeModel)
-    return {"head": model.head} if model.head is not None else {}
+    head = {"head": model.head} if model.head is not None else {}
+    return head | ({"attributes": json.dumps(model.attributes)} if model.attributes else {})
 
 
 def build_data_module(
@@ -189,7 +191,10 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
 
     def measure(policy: Policy[ImageJudge], *_: object) -> Result:
         rows = judge_rows(pairs, partial(_scores, policy, other), batch_size=batch_size)
-        return judge.audit(judge.compare_images(pairs, rows), section.bins)
+        result, table = judge.audit(judge.compare_images(pairs, rows), section.bins)
+        names = list(policy.family.network.attributes.scales) if policy.family.network.attributes is not None else []
+        errors, lines = judge_attributes.audit(pairs, rows, names)
+        return {**result, **({"attributes": errors} if names else {})}, table + lines
 
     return measure
 
@@ -202,9 +207,12 @@ def _scores(
     family = policy.family
     inputs = family.inputs(torch.stack([family.preprocess(image) for image in images]))
     run: Callable[..., Tensor] = partial(family.score, images=inputs, text=family.text_inputs(prompts))
-    before = policy.on_reference(run)
+    before, values = policy.on_reference(run), family.judge(policy.unwrapped, inputs, family.text_inputs(prompts))
     assert before is not None
-    scores = dict(zip(SIDES, (before, run(policy.unwrapped)), strict=True))
+    scores = dict(zip(SIDES, (before, values[:, 0]), strict=True))
+    if family.network.attributes is not None:
+        columns = map(judge_attributes.column, family.network.attributes.scales)
+        scores |= dict(zip(columns, values[:, 1:].T, strict=True))
     return scores if other is None else {**scores, judge.OTHER: other(images, prompts)}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmalign.resources import resolve_model
 from mmalign.rewards import BatchConfig, check_files, in_batches, readable
+from mmalign.rewards._attributes import load_heads
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -32,6 +33,9 @@ class Config(BatchConfig):
 
     pretrained: str | None = None
     """Tag or file of the weights, if `path` is an architecture of open_clip such as `ViT-B-32`."""
+
+    attribute: str | None = None
+    """Attribute that is the score, of a judge trained with `model.attributes`; its preference by default."""
 
 
 class ClipParts(NamedTuple):
@@ -102,6 +106,7 @@ class OpenClip:
         batch_size: images that go through the network at once.
         score: a function from the cosines [N] and the learned scale [] to scores [N].
         prefix: text before every prompt.
+        attribute: the head of an attribute, from unit vectors of images and prompts to scores [N]; None for the cosine.
     """
 
     model: CLIP
@@ -111,6 +116,7 @@ class OpenClip:
     batch_size: int
     score: Callable[[Tensor, Tensor], Tensor] = scaled
     prefix: str = ""
+    attribute: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         """Return scores [N], float32, on the device of the model; `t` is not read."""
@@ -127,7 +133,10 @@ class OpenClip:
 
     @torch.no_grad()
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        cosines = (self.embed(images) * self.text([self.prefix + prompt for prompt in prompts])).sum(-1)
+        vectors, words = self.embed(images), self.text([self.prefix + prompt for prompt in prompts])
+        if self.attribute is not None:
+            return self.attribute(vectors, words)
+        cosines = (vectors * words).sum(-1)
         return self.score(cosines, self.model.logit_scale.exp()).float()
 
 
@@ -135,9 +144,24 @@ def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
     """Load a model from a folder in open_clip's format (config, weights, tokenizer), the Hub, or a known architecture.
 
     Raises:
-        ValueError: there is no such model, or its weights are missing or do not fit its config.
+        ValueError: there is no such model, its weights are missing or do not fit its config, or it has no such
+            attribute.
     """
-    return scorer(load_parts(path, cfg.pretrained), device, cfg.batch_size)
+    judge = scorer(load_parts(path, cfg.pretrained), device, cfg.batch_size)
+    return judge if cfg.attribute is None else replace(judge, attribute=_attribute_head(path, cfg.attribute, device))
+
+
+def _attribute_head(path: str, name: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the head of an attribute of a trained judge."""
+    heads = load_heads(Path(resolve_model(path)))
+    known = list(heads.scales) if heads is not None else []
+    if heads is None or name not in known:
+        raise ValueError(
+            f"reward open_clip: attribute: {path} has no {name!r} (it has {', '.join(known) or 'none'}); name one of "
+            "its attributes, or leave it out"
+        )
+    placed = heads.to(device)
+    return lambda images, prompts: placed(images, prompts)[:, known.index(name)]
 
 
 def scorer(

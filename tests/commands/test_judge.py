@@ -12,6 +12,9 @@ from PIL import Image
 
 import mmalign
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.config.methods import BradleyTerryConfig
+from mmalign.methods import requirements_of
+from mmalign.modalities import modality_of
 from mmalign.rewards import load_reward_model
 from tests.helpers import data_files, first_fast, recipes
 from tests.helpers.runs import assert_resumes
@@ -31,12 +34,15 @@ PARTS: dict[str, dict[str, Any]] = {
     "lora": {"tune": "lora", "lora": {"rank": 2}},
     "head": {"head": "linear"},
     "random": {"weights": "random"},
+    "attributes": {"attributes": {"upper": [0, 5]}},
 }
 
 
 @pytest.mark.parametrize("part", first_fast(list(PARTS)))
 def test_a_judge_resumes_bit_by_bit_and_judges(part: str, tiny_clip: Path, tmp_path: Path) -> None:
     train = {"steps": 2, "save_every": 1}
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    pq.write_table(pq.read_table(pairs).append_column("upper", pa.array([[0.0, 5.0]] * 8)), pairs)
     content = judge_recipe(tiny_clip, tmp_path, model={"tune": "full", **PARTS[part]}, train=train)
     assert_resumes(content)
     images = [Image.open(io.BytesIO(data_files.png(seed))) for seed in (1, 2)]
@@ -112,3 +118,51 @@ def test_settings_without_meaning_are_refused(case: str, tiny_clip: Path, tmp_pa
     settings, sentence = REFUSED[case]
     with pytest.raises(ValueError, match=sentence):
         mmalign.train(load_recipe(judge_recipe(tiny_clip, tmp_path), settings))
+
+
+@pytest.mark.slow
+def test_attributes_are_learned_audited_and_judge(tiny_clip: Path, tmp_path: Path) -> None:
+    """Ratings say whether the upper half is white, in the row's order; some are missing."""
+    table = pq.read_table(data_files.pick_a_pic(tmp_path / "pairs.parquet", 48))
+    ratings = [[0.0, 5.0] if row % 2 == 0 else [5.0, None] for row in range(48)]
+    pq.write_table(table.append_column("upper", pa.array(ratings)), tmp_path / "pairs.parquet")
+    content = judge_recipe(
+        tiny_clip,
+        tmp_path,
+        model={"tune": "full", "attributes": {"upper": [0, 5]}},
+        train={"steps": 40, "batch_size": 8, "lr": 2e-3, "save_every": 40},
+        data={"validation_fraction": 0.4},
+        evaluate={"benchmark": "judge"},
+    )
+    recipe = load_recipe(content)
+    mmalign.train(recipe)
+    evaluation = mmalign.evaluate(recipe)
+    audit = evaluation.result["attributes"]["upper"]
+    assert audit["error"]["estimate"] < audit["spread"] / 2 and audit["correlation"]["low"] > 0.5
+    judge = load_reward_model("open_clip", str(tmp_path / "out" / "model"), attribute="upper")
+    upper, lower = (Image.open(io.BytesIO(data_files.png(900, upper=half))) for half in (True, False))
+    high, low = judge([upper, lower], ["thing number 900"] * 2).tolist()
+    assert high > 3.5 and low < 1.5
+
+
+def test_ratings_that_do_not_fit_are_dropped_or_refused(tiny_clip: Path, tmp_path: Path) -> None:
+    table = pq.read_table(data_files.pick_a_pic(tmp_path / "pairs.parquet", 4))
+    ratings = [[0.0, 5.0], [9.0, 1.0], [1.0], None]
+    pq.write_table(table.append_column("upper", pa.array(ratings)), tmp_path / "pairs.parquet")
+    content = judge_recipe(tiny_clip, tmp_path, model={"tune": "full", "attributes": {"upper": [0, 5]}})
+    train, _ = modality_of(load_recipe(content)).open_pairs(load_recipe(content), requirements_of(BradleyTerryConfig()))
+    assert train[0].attributes == ((5.0,), (0.0,)), "the preferred image comes first"
+    assert [row.reason for row in train.skipped] == [
+        "upper has the rating 9; expected numbers from 0 to 5",
+        "upper has 1 ratings; expected one for each of 2 images",
+        "upper is null; expected a list",
+    ]
+    content["model"]["attributes"] = {"lower": [0, 5]}
+    with pytest.raises(ValueError, match="has no 'lower'"):
+        mmalign.train(load_recipe(content))
+    for model, sentence in (
+        ({"attributes": {"upper": [5, 5]}}, "expected the lowest rating, then the highest"),
+        ({"tune": "lora", "attributes": {"upper": [0, 5]}}, "use tune: full or head: linear"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            load_recipe(judge_recipe(tiny_clip, tmp_path, model=model))

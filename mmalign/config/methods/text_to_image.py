@@ -18,11 +18,14 @@ from mmalign.config.methods._shared import (
 
 
 class BradleyTerryConfig(MethodConfig):
-    """Hyper-parameters: none besides the kind of the rows."""
+    """Hyper-parameters: the kind of the rows, and the weight of attributes."""
 
     name: Literal["bradley_terry"] = "bradley_terry"
     rows: Literal["pairs", "lists"] = Field(
         "pairs", description="pairs, or whole lists of images with scores, whose ranking has Plackett and Luce's loss"
+    )
+    attribute_weight: float = Field(
+        1.0, ge=0, description="weight of the squared error of model.attributes, in units of half a scale"
     )
 
 

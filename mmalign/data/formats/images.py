@@ -25,7 +25,7 @@ from mmalign.data.formats.image_layouts import (
     group_scores,
     with_source,
 )
-from mmalign.data.formats.labels import COLUMN, Margins, read_label
+from mmalign.data.formats.labels import COLUMN, NO_RATINGS, Margins, Scales, read_label, read_ratings
 from mmalign.data.formats.layouts import AUTO, Layout, Learning, check_files, layouts_for, open_layout
 from mmalign.data.formats.rows import ListRows, Rows, SourceRow, uncollected
 from mmalign.data.label import FIELDS, NO_LABEL, Label
@@ -89,6 +89,7 @@ def open_pairs(
     learning: Learning = "pairs",
     cut_pairs: bool = False,
     ties: bool = False,
+    attributes: Scales = NO_RATINGS,
 ) -> Pairs:
     """Index the pairs, thumbs or lists of a source without decoding its images.
 
@@ -108,6 +109,7 @@ def open_pairs(
         learning: the kind of the rows.
         cut_pairs: make thumbs of pairs; of several images the best is liked and the worst disliked.
         ties: take two images of equal worth as a pair with a preference of 1/2; they are skipped otherwise.
+        attributes: columns with a list of the images' ratings, and their scales.
 
     Raises:
         ValueError: a file or column is missing, no layout fits, or no pair is left.
@@ -116,6 +118,11 @@ def open_pairs(
     source, layout = open_layout(known, format, path, split=split, columns=columns, group_by=group_by)
     if sources == "optional" and layout.column(SOURCE) in source.columns:  # then every row has to have one
         layout = replace(layout, required=(*layout.required, SOURCE))
+    if layout.name == SCORES.name and attributes:
+        raise ValueError("model.attributes: the layout scores has one image a row; expected rows of pairs or rankings")
+    if attributes:
+        layout = replace(layout, required=(*layout.required, *attributes))
+        layout.check_columns(path, source.columns, group_by)
     taken = layout.describe() if format == AUTO else ""
     needed = {layout.column(name) for name in layout.columns}
     rows = source.rows({*needed, group_by} if group_by is not None else needed)
@@ -123,7 +130,7 @@ def open_pairs(
     if layout.name == SCORES.name:
         rows, layout = ListRows([*group_scores(rows, layout, group_by)]), RANKINGS if sources is None else EDITS
     label = partial(read_label, labels, margins)
-    indexed = ImageRows(rows, layout, ImageReader(images), group_by, learning, label, ties=ties)
+    indexed = ImageRows(rows, layout, ImageReader(images), group_by, learning, label, attributes, ties=ties)
     skipped, tied = indexed.index(limit, prompt_pairs is not None)
     pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied, taken, unread)
     expected = "with an image and a label" if layout.name == THUMBS.name else "in which one image is preferred"
@@ -171,6 +178,7 @@ class ImageRows:
         group_by: the column with a pair's group; the prompt if None.
         learning: the kind of the rows.
         label: a function that reads the label of a pair from its record.
+        attributes: columns of ratings with their scales.
         ties: whether two images of equal worth are a pair.
     """
 
@@ -182,12 +190,13 @@ class ImageRows:
         group_by: str | None,
         learning: Learning,
         label: Callable[..., Label],
+        attributes: Scales = NO_RATINGS,
         *,
         ties: bool = False,
     ) -> None:
         self._rows, self._layout, self._reader, self._group_by = rows, layout, reader, group_by
         self._learning: Learning = learning
-        self._read_label, self._ties = label, ties
+        self._read_label, self._attributes, self._ties = label, attributes, ties
         self._index: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)  # a pair's row, and its number in the row
         self._prompts, self._rejected_prompts, self._groups = list[str](), list[str](), list[str]()
         self._liked, self._annotators = list[bool](), list[str]()
@@ -216,6 +225,7 @@ class ImageRows:
                 if prompt_pairs and not parsed.rejected_prompt:
                     raise UnusableRowError(f"has no {second}")
                 labels = [self._label(row, parsed, selection) for selection in selections]
+                self._ratings(row, parsed, ())
             except UnusableRowError as error:
                 skipped.append(SkippedRow(row.location, str(error), error.defect))
                 continue
@@ -249,6 +259,10 @@ class ImageRows:
         preference = 0.5 if selection.is_tie else parsed.preference
         return self._read_label(self._layout.own_names(row.record), preference, scores)
 
+    def _ratings(self, row: SourceRow, parsed: Parsed, numbers: Sequence[int]) -> tuple[tuple[float, ...], ...]:
+        """Return the ratings of some of a row's images."""
+        return read_ratings(self._attributes, self._layout.own_names(row.record), numbers, len(parsed.sides))
+
     def _bad_images(self, images: Sequence[Image], row: SourceRow) -> dict[Image, UnusableRowError]:
         bad = dict[Image, UnusableRowError]()
         for image in dict.fromkeys(image for image in images if isinstance(image, str)):
@@ -274,8 +288,9 @@ class ImageRows:
             names.append(side.name or refs[-1].key)
         row_id = stable_hash(prompt, *names, *filter(None, [second]))
         outputs, place = tuple(refs[: len(numbers)]), partial(str, row.location)
+        ratings = self._ratings(row, parsed, numbers)
         source, label = refs[-1] if parsed.source is not None else None, self._label(row, parsed, selection)
-        return ImagePair(row_id, prompt, outputs, place, self._groups[number], second, source, label, scores)
+        return ImagePair(row_id, prompt, outputs, place, self._groups[number], second, source, label, scores, ratings)
 
     def groups(self, numbers: NDArray[np.int64]) -> list[str]:
         """Return the groups of these pairs."""

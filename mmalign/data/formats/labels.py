@@ -12,13 +12,16 @@ The scores of a reward model give margins on request: `score_chosen, score_rejec
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
-from mmalign.data.formats.files import Record, as_text, read_number, shorten
+from mmalign.data.formats.files import Record, as_text, read_list, read_number, shorten
 from mmalign.data.label import NO_LABEL, Label
 from mmalign.data.pairs import UnusableRowError
 
+Scales = Mapping[str, Sequence[float]]  # the lowest and the highest rating of each attribute
+NO_RATINGS: Scales = MappingProxyType({})
 SCORES = ("score_chosen", "score_rejected")
 NUMBERED_SCORES = ("score_0", "score_1")  # in a layout of two numbered images
 LARGEST = 1e6  # margin or weight
@@ -74,6 +77,30 @@ def _annotator(record: Record) -> str:
     if not isinstance(value, str | int | None):
         raise UnusableRowError(f"annotator is {shorten(value)}; expected a name or a whole number")
     return as_text(value) if value is not None else ""
+
+
+def read_ratings(scales: Scales, record: Record, images: Sequence[int], number: int) -> tuple[tuple[float, ...], ...]:
+    """Return the ratings of some of a row's images, NaN where there is none; empty without scales.
+
+    Args:
+        scales: the lowest and the highest value of each column.
+        record: the row; a column has a list with a number for each image, or None.
+        images: the numbers of the images.
+        number: the number of images of the row.
+
+    Raises:
+        UnusableRowError: a column is no list of so many numbers on its scale.
+    """
+    columns = list[list[float]]()
+    for name, (low, high) in scales.items():
+        values = read_list(name, record[name])
+        if len(values) != number:
+            raise UnusableRowError(f"{name} has {len(values)} ratings; expected one for each of {number} images")
+        ratings = [math.nan if value is None else read_number(name, value) for value in values]
+        if wrong := [value for value in ratings if not (low <= value <= high or math.isnan(value))]:
+            raise UnusableRowError(f"{name} has the rating {wrong[0]:g}; expected numbers from {low:g} to {high:g}")
+        columns.append(ratings)
+    return tuple(tuple(ratings[n] for ratings in columns) for n in images) if columns else ()
 
 
 def _number(record: Record, name: str, default: float) -> float:

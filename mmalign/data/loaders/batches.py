@@ -139,6 +139,7 @@ class JudgedImages:
         weights: [B]; 0 for a padding row.
         scores: the score of each image [B, K], NaN where a row has none; pairs have none.
         labels: the labels of the pairs; None if no pair has one.
+        ratings: the ratings of each image [B, K, A], NaN where there is none; None if nothing reads any.
     """
 
     rows: list[int]
@@ -147,12 +148,14 @@ class JudgedImages:
     weights: Tensor
     scores: Tensor
     labels: Labels | None
+    ratings: Tensor | None = None
 
     def to(self, device: torch.device) -> JudgedImages:
         """Return the batch on a device."""
         labels = None if self.labels is None else self.labels.to(device)
         images, weights, scores = self.images.to(device), self.weights.to(device), self.scores.to(device)
-        return replace(self, images=images, weights=weights, scores=scores, labels=labels)
+        ratings = None if self.ratings is None else self.ratings.to(device)
+        return replace(self, images=images, weights=weights, scores=scores, labels=labels, ratings=ratings)
 
 
 def collate_labels(pairs: Sequence[ImagePair] | Sequence[ResponsePair]) -> Labels | None:
@@ -165,5 +168,5 @@ def collate_labels(pairs: Sequence[ImagePair] | Sequence[ResponsePair]) -> Label
 
 
 def pad_scores(scores: Sequence[Tensor]) -> Tensor:
-    """Return the scores [B, K] of rows of different lengths, NaN beyond a row's end."""
+    """Return the scores [B, K], or ratings [B, K, A], of rows of different lengths, NaN beyond a row's end."""
     return torch.nn.utils.rnn.pad_sequence(list(scores), batch_first=True, padding_value=torch.nan)

@@ -79,7 +79,9 @@ class JudgedImageReader:
             for side in range(scores.shape[1])
         ]
         rows, prompts = [pair.row for pair in pairs], [pair.prompt for pair in pairs]
-        return JudgedImages(rows, prompts, torch.cat(sides), weights, scores, collate_labels(pairs))
+        ratings = [torch.tensor(pair.attributes) for pair in pairs]
+        rated = pad_scores(ratings) if pairs[0].attributes else None
+        return JudgedImages(rows, prompts, torch.cat(sides), weights, scores, collate_labels(pairs), rated)
 
 
 def encode_features(

@@ -9,6 +9,9 @@ is p. Lists have the loss of their ranking (Plackett, Applied Statistics 24, 197
     loss = sum_i log(1 + sum_j exp(s_j - s_i))               over all j of a smaller score
 
 With two images it is the pair's loss. Images of equal scores are not compared.
+
+Heads learn named attributes beside it, by squared errors as in HelpSteer2 (arXiv:2406.08673): `attribute_weight` times
+the mean over a row's ratings of ((prediction - rating) / half the scale)^2.
 """
 
 from __future__ import annotations
@@ -55,8 +58,20 @@ def contrasts(policy: Policy[ImageJudge], batch: JudgedImages, cfg: Config, rng:
 def loss(policy: Policy[ImageJudge], contrast: Contrast, cfg: Config) -> Step:
     """Return the negative log-likelihood [B] of the rows' preferences."""
     batch = contrast.batch
-    scores = policy.family.score(policy.model, contrast.images, contrast.text).view(-1, len(batch.rows)).T
-    return _ranking(scores, batch) if cfg.rows == "lists" else _preference(scores, batch)
+    values = policy.family.judge(policy.model, contrast.images, contrast.text)
+    values = values.view(-1, len(batch.rows), values.shape[1]).transpose(0, 1)  # [B, K, 1 + A]
+    scores = values[..., 0]
+    step = _ranking(scores, batch) if cfg.rows == "lists" else _preference(scores, batch)
+    heads = policy.family.network.attributes
+    if heads is None or batch.ratings is None:
+        return step
+    # The attributes' squared errors
+    errors, rated = heads.losses(values[..., 1:], batch.ratings), ~batch.ratings.isnan()
+    mean = errors.sum((1, 2)) / rated.sum((1, 2)).clamp(min=1)
+    rms = (errors.sum(1) / rated.sum(1).clamp(min=1)).detach().sqrt()
+    metrics = {f"error of {name}": own for name, own in zip(heads.scales, rms.T, strict=True)}
+    losses = step.losses + cfg.attribute_weight * mean
+    return Step(losses, step.weights, {**step.metrics, "loss": losses.detach(), **metrics})
 
 
 def _preference(scores: Tensor, batch: JudgedImages) -> Step:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mmalign.config import ImageData, ImageSize, Recipe
+from mmalign.config import ImageData, ImageJudgeModel, ImageSize, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache, Fingerprint, cache_folder
 from mmalign.data.caches.fill import fill
@@ -77,6 +77,8 @@ def _open_prompts_or_pairs(recipe: Recipe, data: ImageData, needs: Requirements)
             "prompt"
         )
     columns |= {"ties": needs.ties, "sources": source_use(recipe), "margins": Margins(data.margin, data.margin_scale)}
+    if isinstance(recipe.model, ImageJudgeModel):
+        columns["attributes"] = recipe.model.attributes
     return open_image_pairs(data.format, path, prompt_pairs=why, limit=data.limit, **columns)
 
 
