@@ -54,7 +54,7 @@ def advantages(
 
 def _deviation(rewards: Tensor, unbiased: bool, total: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the standard deviation of all processes' rewards; 0 without any."""
-    number, reward = total(torch.stack([torch.ones_like(rewards).sum(), rewards.sum()]))
+    number, reward = total(torch.stack([torch.ones_like(rewards).sum(), rewards.sum()])).unbind()
     squares = total((rewards - reward / number.clamp(min=1)).square().sum())
     return (squares / (number - int(unbiased)).clamp(min=1)).sqrt()
 
