@@ -105,7 +105,8 @@ class AfterUpdate:
     def _require_finite(self, progress: loop.Progress, loss: float | None) -> None:
         """Refuse to save a state or a loss that is not finite: an update can break a model after a finite loss."""
         train_state, accelerator = self.run.train_state, self.run.train_state.accelerator
-        kept = [*self.run.policy.trainable(), *(train_state.ema.state() if train_state.ema is not None else ())]
+        kept = [*self.run.policy.trainable(), *(train_state.ema.weights if train_state.ema is not None else ())]
+        kept += [x for copy in self.run.policy.lagging.values() for x in copy.weights]
         kept += [x for state in train_state.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         whole = all(torch.isfinite(x).all() for x in sharding.local(kept))
         broken = torch.tensor([not whole, loss is not None and not math.isfinite(loss)], dtype=torch.float32)
@@ -129,13 +130,14 @@ class AfterUpdate:
         """Return the evidence of a verdict, with the values after the last update.
 
         Pairs of the training may be known by heart. In the first epoch the loop's own metrics precede a pair's first
-        update, so they show what holds for other pairs, unless they follow the policy.
+        update, so they show what holds for other pairs, unless they or the reference follow the policy.
         """
-        needs, fresh = self.needs, self.reporter.fresh()
+        needs, fresh, moves = self.needs, self.reporter.fresh(), self.run.policy.moving is not None
         if needs.generates:
-            return verdict.Evidence(fresh, rewards=self.reporter.rewards)
+            own = {"loss": fresh["loss"]} if moves and fresh else fresh
+            return verdict.Evidence(own, rewards=self.reporter.rewards)
         held_out = self.data_module.validation_loader is not None
-        if held_out or needs.measured_by is not None or not needs.reference:
+        if held_out or moves or needs.measured_by is not None or not needs.reference:
             fresh = {}
         seen = not held_out and (self.run.progress.epoch > 0 or not fresh)
         return verdict.Evidence(values, self.reporter.start, fresh, seen)

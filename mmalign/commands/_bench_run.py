@@ -94,7 +94,7 @@ def build(
         splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
         data_module = fill(recipe, family, accelerator=accelerator, splits=splits, reward_model=reward_model)
     policy = train.build_policy(family, recipe, reference_cached=cache.replaces_reference(data_module))
-    policy, train_state = training_run.build_train_state(policy, recipe.train, accelerator)
+    policy, train_state = training_run.build_train_state(policy, recipe.method, recipe.train, accelerator)
     cache.offload_encoders(data_module, recipe, family)
     return Run(recipe, method, policy, data_module, train_state, train_updates)
 
@@ -204,9 +204,10 @@ def peak_bytes(run: Run, before: int) -> int:
         run.updates(run, 1, None)
         return int(torch.cuda.max_memory_allocated(run.device)) - before
     memory, state = LiveBytes(), run.train_state
-    average = state.ema.state() if state.ema is not None else []
+    copies = [*run.policy.lagging.values(), *([state.ema] if state.ema is not None else [])]
+    moments = tree_leaves(list(state.optimizer.state.values()))
     with torch.compiler.set_stance("force_eager"), memory:
-        for tensor in (*weights(run), *tree_leaves(list(state.optimizer.state.values())), *average):
+        for tensor in (*weights(run), *moments, *(x for copy in copies for x in copy.weights)):
             if isinstance(tensor, Tensor):
                 memory.count(tensor)
         run.updates(run, 1, None)

@@ -46,6 +46,7 @@ class Memory:
         reference: weights of the frozen copy.
         gradients: gradients of the trained weights.
         optimizer: state of the optimizer, and moving average.
+        lagging: lagging copies of the trained weights.
         encoding: activations of the encoders for one image and one prompt.
         cache_bytes: bytes on the disk by cache.
         checkpoint: bytes of a checkpoint on the disk.
@@ -60,6 +61,7 @@ class Memory:
     reference: int
     gradients: int
     optimizer: int
+    lagging: int
     encoding: int
     cache_bytes: dict[str, int]
     checkpoint: int
@@ -71,7 +73,8 @@ class Memory:
     def training(self, batch_size: int, *, all_stay: bool = False) -> int:
         """Return the peak of an update; `all_stay` if no network leaves, as on a CPU."""
         stay = sum(size for name, size in self.networks.items() if all_stay or name not in self.leaving)
-        return stay + self.reference + self.gradients + self.optimizer + self.activations(batch_size)
+        fixed = self.reference + self.gradients + self.optimizer + self.lagging
+        return stay + fixed + self.activations(batch_size)
 
     @property
     def preparing(self) -> int:
@@ -130,15 +133,17 @@ def estimate(recipe: Recipe, splits: Splits | None, *, on_card: bool) -> Memory:
     gradients = sum(p.nbytes for p in trained)
     state = optimizer_bytes(trained, recipe.train.optimizer)
     average = gradients if recipe.train.ema else 0
+    lagging = gradients * sum(rule is not None for rule in (recipe.method.reference, needs.old))
     return Memory(
         networks,
         tuple(example.leaving),
         reference,
         gradients,
         state + average,
+        lagging,
         memory.peak - before,
         example.cache_bytes,
-        gradients + state + average,
+        gradients + state + average + lagging,
         example.about,
         example.remedies,
         example.apart and on_card,

@@ -64,7 +64,7 @@ class Sampler:
         policy = self.run.policy
         if not self._agreed(bool(self.history.base)):
             if policy.reference is not None:
-                self.history.base = policy.on_reference(self._generate) or []
+                self.history.base = policy.against_base().on_reference(self._generate) or []
             elif step == 0:
                 self.history.base = self._generate(policy.unwrapped)
             else:

@@ -189,6 +189,7 @@ def _parts(memory: Memory, *, on_card: bool) -> dict[str, int]:
     parts = {f"weights: {name}": size for name, size in staying.items()}
     parts |= {
         "weights: frozen reference": memory.reference,
+        "weights: lagging copies": memory.lagging,
         "gradients": memory.gradients,
         "optimizer and average": memory.optimizer,
     }

@@ -58,6 +58,8 @@ def check(recipe: Recipe, purpose: Purpose, *, data: bool = True) -> None:
                 f"train.batch_size: method.name: {recipe.method.name} compares the pairs of a batch with one another; "
                 f"expected at least {needs.min_pairs}, got {recipe.train.batch_size}"
             )
+        if recipe.method.reference is not None:
+            _check_reference(recipe, needs)
         if recipe.data.margin != "column" and "margin" not in needs.labels:
             raise ValueError(
                 f"data.margin: method.name: {recipe.method.name} reads no margins; leave {recipe.data.margin} out"
@@ -136,6 +138,23 @@ def _check_quantize(recipe: Recipe, device: torch.device) -> None:
     for key, given, needed in (("sharding", train.sharding, "none"), ("compile", train.compile, False)):
         if given != needed:
             raise ValueError(f"model.quantize: {kind} does not support train.{key}; leave one of them out")
+
+
+def _check_reference(recipe: Recipe, needs: Requirements) -> None:
+    """Check that a reference that follows the policy works with the method and the other options."""
+    name, adapter = recipe.method.name, recipe.model.adapter
+    if not needs.reference:
+        raise ValueError(f"method.reference: method.name: {name} has no reference as configured; leave it out")
+    if needs.precompute is not None and recipe.data.cache != "off":
+        raise ValueError(
+            f"method.reference: it moves, and {name} caches what the reference gives; leave method.num_cached_draws "
+            "out, or use data.cache: off"
+        )
+    if adapter is not None and adapter.use == "continue":
+        raise ValueError(
+            "method.reference: it begins as the policy does, and adapter.use: continue begins with the bare model as "
+            "the reference; use model.adapter.use: merge"
+        )
 
 
 def _check_training(train: Train, device: torch.device) -> None:

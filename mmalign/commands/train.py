@@ -306,7 +306,7 @@ def start_run(
         ValueError: the model cannot be trained as requested, or the checkpoint does not fit it.
     """
     policy, train_state = build_train_state(
-        build_policy(family, recipe, reference_cached=reference_cached), recipe.train, accelerator
+        build_policy(family, recipe, reference_cached=reference_cached), recipe.method, recipe.train, accelerator
     )
     method = methods.find(recipe.method.name)
     run = TrainingRun(method, policy, train_state, identity, loop.Progress(), Record(recipe.model_dump()))

@@ -6,7 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from mmalign.registry import check_known, import_class, is_outside
@@ -68,6 +76,23 @@ def _check_resolution(resolution: int | str | None) -> int | str | None:
 Resolution = Annotated[int | str | None, AfterValidator(_check_resolution)]
 
 
+class LaggingConfig(Section):
+    """Copy of the policy that follows it; the defaults are TR-DPO's (arXiv:2404.09656), as in TRL."""
+
+    every: int = Field(512, ge=1, description="updates between two moves towards the policy")
+    mix: float = Field(0.6, gt=0, le=1, description="share of the policy in the copy after a move; 1 makes them equal")
+    ramp: float | None = Field(
+        None, gt=0, description="with a ramp the share falls from 1 to mix, by this much an update; default: it is mix"
+    )
+    flat: int = Field(0, ge=0, description="updates before a ramp, with a share of 1")
+
+    @model_validator(mode="after")
+    def _ramps(self) -> LaggingConfig:
+        if self.flat and self.ramp is None:
+            raise ValueError(f"flat: {self.flat} updates come before a ramp; set ramp, or leave flat out")
+        return self
+
+
 class MethodConfig(Section):
     """Hyper-parameters of a method.
 
@@ -78,6 +103,9 @@ class MethodConfig(Section):
     modality: ClassVar[str] = ""
 
     name: str
+    reference: LaggingConfig | None = Field(
+        None, description="move the reference towards the policy (TR-DPO); {} takes the defaults; default: it stays"
+    )
 
 
 class Choice:

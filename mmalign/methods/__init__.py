@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmalign import registry
 from mmalign.config import MethodConfig, Rewards
+from mmalign.config.base import LaggingConfig
 from mmalign.config.evaluation import Combine
 from mmalign.config.methods import find_method
 from mmalign.data.caches.precompute import PrecomputeSpec
@@ -103,6 +104,7 @@ class Requirements:
         reward_key: the judge's key in a recipe.
         precompute: tensors to compute once per pair and draw; None for none.
         memory: numbers of the run's past that the loss reads; None for none.
+        old: the lagging copy that generates in the policy's place (`policy.as_old`); None for the policy itself.
         measured_by: settings for measuring a run, if contrasts of the method's own follow the policy; None for its own.
         hint_if_empty: advice for a run whose batches all gave nothing to learn from.
         check: a check, before loading, of the packages and files that the hyper-parameters name. It raises ValueError
@@ -129,6 +131,7 @@ class Requirements:
     reward_key: str = "method.reward"
     precompute: PrecomputeSpec | None = None
     memory: Memory | None = None
+    old: LaggingConfig | None = None
     measured_by: MethodConfig | None = None
     hint_if_empty: str = ""
     check: Callable[[], Sequence[str]] = tuple

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from mmalign.policy import sharding
+from mmalign.policy.lagging import LaggingCopy
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -51,6 +52,9 @@ class Policy(Generic[F]):
         skeleton: the bare network without weights, if it is sharded; None if every process holds all weights.
         memory: numbers of the run's past that the method's loss reads, by name; the loop changes them in place.
         total: sum of a tensor over all processes, each of which has a batch of its own.
+        moving: the trained weights of a reference that follows the policy, which `reference` is at first; None for a
+            reference that stays.
+        old: the trained weights of the policy that generates, if it lags behind; None for the policy itself.
 
     Raises:
         ValueError: the reference is the model without its adapters, but other weights are trained and would change it.
@@ -63,6 +67,8 @@ class Policy(Generic[F]):
     skeleton: nn.Module | None = None
     memory: dict[str, float] = field(default_factory=dict)
     total: Callable[[Tensor], Tensor] = lambda values: values
+    moving: LaggingCopy | None = None
+    old: LaggingCopy | None = None
 
     def __post_init__(self) -> None:
         outside = _trained_outside_adapters(self.unwrapped) if isinstance(self.reference, AdaptersOff) else []
@@ -75,6 +81,9 @@ class Policy(Generic[F]):
     @torch.no_grad()
     def on_reference(self, run: Callable[[nn.Module], R]) -> R | None:
         """Return the result of `run` on the reference network, without gradients; None without a reference."""
+        if self.moving is not None:
+            with self.moving.swapped(self.trainable()):
+                return run(self.unwrapped)
         match self.reference:
             case AdaptersOff():
                 # The bare network, because a distributed wrapper would wait for gradients that never come
@@ -84,6 +93,22 @@ class Policy(Generic[F]):
                 return run(model)
             case None:
                 return None
+
+    @contextmanager
+    def as_old(self) -> Iterator[None]:
+        """Give the policy the weights of the old policy, for a time without gradients; they may be its own."""
+        with nullcontext() if self.old is None else self.old.swapped(self.trainable()):
+            yield
+
+    def against_base(self) -> Policy[F]:
+        """Return the policy with the reference of its first update, which no update moves."""
+        return replace(self, moving=None)
+
+    @property
+    def lagging(self) -> dict[str, LaggingCopy]:
+        """The copies that every update moves, by their keys in a recipe."""
+        copies = {"method.reference": self.moving, "method.old": self.old}
+        return {key: copy for key, copy in copies.items() if copy is not None}
 
     def gathered(self, net: nn.Module) -> AbstractContextManager[None]:
         """Hold all weights of `net`, policy or reference, so that processes may run it unequally often.

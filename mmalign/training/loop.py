@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from mmalign.config import MethodConfig
 from mmalign.methods import AnyMethod, Step, epoch_rng, remember
 from mmalign.policy import Policy, sharding
+from mmalign.policy.lagging import LaggingCopy
 from mmalign.rng import KeyedRNG
 from mmalign.training.guard import Guard
-from mmalign.training.optim import EMA
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -74,7 +74,7 @@ class TrainState:
     lr: float
     lr_factor: Callable[[int], float]
     max_grad_norm: float | None
-    ema: EMA | None = None
+    ema: LaggingCopy | None = None
     guard: Guard = field(default_factory=Guard)
 
 
@@ -205,6 +205,7 @@ class _GradientAccumulator:
 
     def __init__(self, policy: Policy, train_state: TrainState) -> None:
         self.model, self.train_state = policy.model, train_state
+        self.copies = [*policy.lagging.values(), *([train_state.ema] if train_state.ema is not None else [])]
         self.parameters: list[nn.Parameter] = policy.trainable()  # a list: an exhausted iterator would never be clipped
         self.used, self.empty = False, 0
         self.summaries = dict[str, Tensor]()
@@ -327,14 +328,14 @@ class _GradientAccumulator:
                 accelerator.scaler.update()  # it has unscaled these gradients
             raise BadUpdateError(reason, self.locations[-1][0], step)
 
-        # Optimizer and moving average
+        # Optimizer, moving average and lagging copies
         rate = train_state.lr * train_state.lr_factor(step)
         for group in train_state.optimizer.param_groups:
             group["lr"] = rate
         train_state.optimizer.step()
         train_state.optimizer.zero_grad()
-        if train_state.ema is not None:
-            train_state.ema.update(self.parameters, step + 1)
+        for copy in self.copies:
+            copy.update(self.parameters, step + 1)
         self._clear()
         self.used, self.summaries = True, {}
         sums, of_rows = packed[2 : 2 + len(names)] / total, packed[2 + len(names) :].view(-1, 2)

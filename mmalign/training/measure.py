@@ -37,8 +37,8 @@ def measure_training(
 
 @torch.no_grad()
 def _measure(run: TrainingRun, config: MethodConfig, batches: Iterable[Any], seed: int) -> Values:
-    """Return all metrics of pairs of nonzero weight, in eval mode and by settings that do not follow the policy."""
-    values, bare = Values(), replace(run.policy, model=run.policy.unwrapped)
+    """Return all metrics of pairs of nonzero weight, in eval mode, by settings and a reference that stay."""
+    values, bare = Values(), replace(run.policy.against_base(), model=run.policy.unwrapped)
     config = run.method.requirements(config).measured_by or config
     for batch in batches:
         for contrast in loop.make_contrasts(run.method, bare, batch, config, KeyedRNG(seed)):

@@ -1,4 +1,4 @@
-"""Optimizers, learning rate schedules, and a moving average of the weights."""
+"""Optimizers, learning rate schedules, and the decay of a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def build_optimizer(
@@ -65,36 +65,10 @@ def schedule(name: str, *, warmup_steps: int, steps: int) -> Callable[[int], flo
     return factor
 
 
-class EMA:
-    """Exponential moving average of parameters, in float32.
+def average_share(step: int, *, decay: float) -> float:
+    """Return the share of the weights after update `step` in their moving average.
 
     The decay of update n is the smaller of `decay` and (1 + n) / (10 + n). The first updates thus weigh more, and the
     average forgets the initial parameters.
     """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self.decay = decay
-        self.shadow = [p.detach().float().clone() for p in parameters]
-
-    @torch.no_grad()
-    def update(self, parameters: Sequence[nn.Parameter], step: int) -> None:
-        """Add the parameters after update number `step` (the first is 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in parameters], 1 - decay)
-
-    @torch.no_grad()
-    def swap(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Swap the average and the parameters; a second call swaps them back."""
-        for average, parameter in zip(self.shadow, parameters, strict=True):
-            saved = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(saved)
-
-    def state(self) -> list[Tensor]:
-        """Return the average, for a checkpoint."""
-        return self.shadow
-
-    def load(self, shadow: Sequence[Tensor]) -> None:
-        """Load the average of a checkpoint."""
-        for mine, saved in zip(self.shadow, shadow, strict=True):
-            mine.copy_(saved)
+    return 1 - min(decay, (1 + step) / (10 + step))

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from mmalign.config import Train
-from mmalign.methods import AnyMethod
+from mmalign.config import MethodConfig, Train
+from mmalign.methods import AnyMethod, requirements_of
 from mmalign.policy import Policy, shard_policy, sharding
+from mmalign.policy.lagging import LaggingCopy, mixed_share
 from mmalign.reading.weights import intact
 from mmalign.training import checkpoint, loop
 from mmalign.training.guard import Guard
-from mmalign.training.optim import EMA, build_optimizer, schedule
+from mmalign.training.optim import average_share, build_optimizer, schedule
 from mmalign.training.record import Record
 
 if TYPE_CHECKING:
@@ -42,8 +43,13 @@ class TrainingRun:
     reports: dict[str, object] = field(default_factory=dict)
 
 
-def build_train_state(policy: Policy, options: Train, accelerator: Accelerator) -> tuple[Policy, loop.TrainState]:
-    """Return the policy, prepared by the accelerator or sharded, with its optimizer, schedule, clipping and average."""
+def build_train_state(
+    policy: Policy, method: MethodConfig, options: Train, accelerator: Accelerator
+) -> tuple[Policy, loop.TrainState]:
+    """Return the policy, prepared by the accelerator or sharded, with its optimizer, schedule, clipping and average.
+
+    It has the method's lagging copies of its trained weights.
+    """
     if options.sharding == "fsdp2":
         policy = shard_policy(policy, accelerator.device)
     parameters = policy.trainable()
@@ -63,14 +69,18 @@ def build_train_state(policy: Policy, options: Train, accelerator: Accelerator) 
         policy = replace(policy, model=model)
     else:
         optimizer = accelerator.prepare(optimizer)
-    policy = replace(policy, total=partial(accelerator.reduce, reduction="sum"))
+    reference, old = (
+        LaggingCopy(parameters, partial(mixed_share, **rule.model_dump())) if rule is not None else None
+        for rule in (method.reference, requirements_of(method).old)
+    )
+    policy = replace(policy, total=partial(accelerator.reduce, reduction="sum"), moving=reference, old=old)
     train_state = loop.TrainState(
         accelerator,
         optimizer,
         options.lr,
         schedule(options.schedule, warmup_steps=options.warmup_steps, steps=options.steps),
         options.max_grad_norm,
-        EMA(parameters, options.ema) if options.ema else None,
+        LaggingCopy(parameters, partial(average_share, decay=options.ema)) if options.ema else None,
         Guard(**options.guard.model_dump()),
     )
     return policy, train_state
@@ -80,12 +90,15 @@ def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None
     """Load a checkpoint of the folder `output` into a run; options of the optimizer stay those of the run.
 
     Raises:
-        ValueError: the checkpoint lacks the moving average or a weight, or has weights that the model lacks.
+        ValueError: the checkpoint lacks the average, a lagging copy or a weight, or has weights that the model lacks.
     """
     path = output / checkpoint.name(saved.step)
     ema = run.train_state.ema
     if ema is not None and "average" not in saved.state:
         raise ValueError(f"train.ema: {path} has no moving average; leave it out, or use another output folder")
+    for key in run.policy.lagging:
+        if key not in saved.state.get("lagging", {}):
+            raise ValueError(f"{key}: {path} has no lagging copy; leave it out, or use another output folder")
     needed = trainable_weights(run.policy.unwrapped).keys()
     for problem, names in (
         ("lacks weights of", needed - saved.weights.keys()),
@@ -104,10 +117,13 @@ def _split(run: TrainingRun, saved: checkpoint.Checkpoint) -> checkpoint.Checkpo
     weights = {name: sharding.split(tensor, own[name]) for name, tensor in saved.weights.items()}
     moments = {i: _split_moments(moments, parameters[i]) for i, moments in state["optimizer"]["state"].items()}
     state["optimizer"] = {**state["optimizer"], "state": moments}
+
+    def split(copied: list[Tensor]) -> list[Tensor]:
+        return [sharding.split(*each) for each in zip(copied, run.policy.trainable(), strict=True)]
+
     if "average" in state:
-        state["average"] = [
-            sharding.split(*each) for each in zip(state["average"], run.policy.trainable(), strict=True)
-        ]
+        state["average"] = split(state["average"])
+    state["lagging"] = {key: split(copied) for key, copied in state.get("lagging", {}).items()}
     return replace(saved, weights=weights, state=state)
 
 
@@ -125,6 +141,8 @@ def _load(run: TrainingRun, saved: checkpoint.Checkpoint) -> None:
     _load_optimizer(run.train_state.optimizer, state["optimizer"])
     if ema is not None:
         ema.load(state["average"])
+    for key, copy in run.policy.lagging.items():
+        copy.load(state["lagging"][key])
     if scaler is not None and "scaler" in state:
         scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["generator"])
@@ -163,9 +181,10 @@ def save(run: TrainingRun, output: Path, score: float | None, *, keep_checkpoint
         "reports": run.reports,
         "guard": train_state.guard.state(),
         "memory": run.policy.memory,
+        "lagging": {key: copy.weights for key, copy in run.policy.lagging.items()},
     }
     if train_state.ema is not None:
-        state["average"] = train_state.ema.state()
+        state["average"] = train_state.ema.weights
     if train_state.accelerator.scaler is not None:
         state["scaler"] = train_state.accelerator.scaler.state_dict()
     weights, is_main = trainable_weights(run.policy.unwrapped), train_state.accelerator.is_main_process

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -85,6 +86,31 @@ def test_a_mistake_is_told_before_any_model_is_loaded(
 def test_margins_that_no_loss_reads_are_refused(name: str, mmalign: Commands, content: Content) -> None:
     message = mmalign.refused("train", {**content, "method": {"name": name}}, "data.margin=score")
     contains(message, f"data.margin: method.name: {name} reads no margins; leave score out")
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("method", "model", "sentence"),
+    [
+        ({"name": "sft"}, {}, "method.reference: method.name: sft has no reference as configured; leave it out"),
+        ({"name": "diffusion_dpo", "loss": "simpo"}, {}, "diffusion_dpo has no reference as configured"),
+        (
+            {"name": "diffusion_dpo", "num_cached_draws": 2},
+            {},
+            "leave method.num_cached_draws out, or use data.cache: off",
+        ),
+        (
+            {"name": "diffusion_dpo"},
+            {"tune": "lora", "adapter": {"path": "a", "use": "continue"}},
+            "begins with the bare model as the reference; use model.adapter.use: merge",
+        ),
+    ],
+)
+def test_a_reference_that_cannot_move_is_refused(
+    method: dict[str, Any], model: dict[str, Any], sentence: str, mmalign: Commands, content: Content
+) -> None:
+    changed = {**content, "model": {**content["model"], **model}, "method": {**method, "reference": {"mix": 1.0}}}
+    contains(mmalign.refused("train", changed), sentence)
 
 
 @pytest.mark.usefixtures("no_model")

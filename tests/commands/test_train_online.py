@@ -80,14 +80,23 @@ def test_a_judge_of_one_number_stops_the_run(commands: Commands, tiny_sdxl: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nft", "diffusion_online_dpo"])
-def test_a_run_resumes_between_generations(name: str, tiny_sd15: Path, tiny_clip: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "lagging"),
+    [
+        ("nft", {}),
+        ("nft", {"old": {"every": 2, "mix": 0.5, "ramp": 0.1}, "reference": {"every": 1, "mix": 0.5}}),
+        ("diffusion_online_dpo", {}),
+    ],
+)
+def test_a_run_resumes_between_generations(
+    name: str, lagging: dict[str, Any], tiny_sd15: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
     """Bit for bit: two noisings of two parts each, two parts an update, so a batch is two updates.
 
     The verdict is that of an uninterrupted run too: it counts two generations.
     """
     generation = {"images": 3, "steps": 2, "noisings": 2, "prompts_per_contrast": 1}
-    method: dict[str, Any] = {"name": name, "reward": {"path": str(tiny_clip)}, "generation": generation}
+    method: dict[str, Any] = {"name": name, "reward": {"path": str(tiny_clip)}, "generation": generation, **lagging}
     options = {"steps": 4, "save_every": 1, "gradient_accumulation_steps": 2, "keep_checkpoints": 5}
     pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "whole", method=method, train=options)

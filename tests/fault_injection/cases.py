@@ -122,6 +122,9 @@ def _prepared_responses(kind: str, layout: str = "trl", /, **prepare: Any) -> Ca
 TEXT_TO_IMAGE = {
     "diffusion_dpo": replace(_image(FULL, name="diffusion_dpo", beta=100.0), commands=ALL),
     "diffusion_dpo, cached": replace(_image(LORA, name="diffusion_dpo", num_cached_draws=1), commands=CACHED),
+    "diffusion_dpo, moving reference": _image(
+        LORA, name="diffusion_dpo", beta=100.0, reference={"every": 2, "mix": 0.5}
+    ),
     "inpo": _image(LORA, name="inpo"),
     "inpo, cached": _image(FULL, name="inpo", inverter="reference", num_cached_draws=1),
     "mapo": _image(FULL, name="mapo"),

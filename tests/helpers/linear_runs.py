@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mmalign.methods import Requirements, Step
-from mmalign.policy import Policy
+from mmalign.policy import FrozenCopy, Policy
+from mmalign.policy.lagging import LaggingCopy
 from mmalign.rng import KeyedRNG
 from mmalign.training import loop
 from mmalign.training.loop import Progress, TrainState
-from mmalign.training.optim import EMA
+from mmalign.training.optim import average_share
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,15 @@ class Regression:
         return Step(losses, contrast.weights, {"loss": losses.detach(), "row": rows}, {"read": rows})
 
 
+class Relative(Regression):
+    """The same with targets that are moved by what the reference predicts."""
+
+    def contrasts(self, policy: Policy, batch: Batch, cfg: Any, rng: KeyedRNG) -> list[Batch]:
+        made = super().contrasts(policy, batch, cfg, rng)
+        predicted = [policy.on_reference(lambda net, x=one.x: net(x)[:, 0]) for one in made]  # type: ignore[misc]
+        return [replace(one, y=one.y + 0.5 * y) for one, y in zip(made, predicted, strict=True) if y is not None]
+
+
 def data(sizes: list[int], weights: list[float] | None = None, seed: int = 0) -> list[Batch]:
     """Return batches of the given sizes, cut from the same rows for any sizes."""
     g = torch.Generator().manual_seed(seed)
@@ -92,11 +103,16 @@ class Run:
     said: list[tuple[Progress, dict[str, float], bool]] = field(default_factory=list)
     snapshots: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def copies(self) -> list[LaggingCopy]:
+        average = self.train_state.ema
+        return [*self.policy.lagging.values(), *([average] if average is not None else [])]
+
     def snapshot(self) -> dict[str, Any]:
         """Return a checkpoint's contents."""
-        average = self.train_state.ema.state() if self.train_state.ema is not None else None
         parts = {"net": self.net.state_dict(), "optimizer": self.train_state.optimizer.state_dict()}
-        return copy.deepcopy({**parts, "progress": self.progress, "average": average, "memory": self.policy.memory})
+        copies = [each.weights for each in self.copies]
+        return copy.deepcopy({**parts, "progress": self.progress, "copies": copies, "memory": self.policy.memory})
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         snapshot = copy.deepcopy(snapshot)
@@ -104,8 +120,8 @@ class Run:
         self.train_state.optimizer.load_state_dict(snapshot["optimizer"])
         self.progress = snapshot["progress"]
         self.policy.memory.update(snapshot["memory"])
-        if self.train_state.ema is not None:
-            self.train_state.ema.load(snapshot["average"])
+        for mine, saved in zip(self.copies, snapshot["copies"], strict=True):
+            mine.load(saved)
 
     def __call__(self, method: Any, batches: loop.Batches, *, steps: int, accumulate: int = 1) -> Progress:
         def after(progress: Progress, metrics: loop.Metrics) -> None:
@@ -127,13 +143,24 @@ def begin(
     max_grad_norm: float | None = None,
     lr_factor: Callable[[int], float] = lambda _: 1.0,
     ema: float | None = None,
+    share: Callable[[int], float] | None = None,
+    weights: Tensor | None = None,
 ) -> Run:
-    """Begin a run from `START`."""
+    """Begin a run from weights, those of `START` if none are given.
+
+    The reference is a frozen copy; with `share`, the policy's in it after an update, it moves.
+    """
     accelerator = Accelerator(cpu=True)
     net = network()
+    if weights is not None:
+        nn.utils.vector_to_parameters(weights.clone(), net.parameters())
+    frozen = copy.deepcopy(net).requires_grad_(False)
     model, wrapped = accelerator.prepare(net, optimizer(net.parameters(), lr=lr))
-    average = EMA(list(net.parameters()), ema) if ema else None
-    policy = Policy(None, model, net, None)  # type: ignore[arg-type]
+    average, moving = (
+        LaggingCopy(list(net.parameters()), rule) if rule is not None else None
+        for rule in (partial(average_share, decay=ema) if ema else None, share)
+    )
+    policy = Policy(None, model, net, FrozenCopy(frozen), moving=moving)  # type: ignore[arg-type]
     return Run(net, policy, TrainState(accelerator, wrapped, lr, lr_factor, max_grad_norm, average))
 
 

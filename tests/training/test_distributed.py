@@ -31,6 +31,7 @@ class Runs:
 
     def __init__(self, folder: Path, model: Path, judge: Path, decoder: Path) -> None:
         self.folder, self.model, self.judge, self.decoder = folder, model, judge, decoder
+        moving = {"name": "diffusion_dpo", "beta": 100.0, "reference": {"every": 1, "mix": 0.5}}
         often = {"steps": STEPS, "save_every": 1, "keep_checkpoints": 9}
         full = {"train": {**often, "max_grad_norm": None, "ema": 0.9, "trackers": ["tensorboard"], "sample_every": 2}}
         lora = {"model": {"tune": "lora"}, "data": {"validation_fraction": 0.2}, "train": {**often, "lr": 0.03}}
@@ -41,7 +42,7 @@ class Runs:
         online = {"name": "diffusion_online_dpo", "beta": 100.0, "reward": reward, "generation": generation}
         uncached = {"model": {"tune": "full"}, "data": {"cache": "off"}, "train": often}
         self.recipes: dict[str, tuple[str, Content]] = {
-            "full": ("eight", full),
+            "full": ("eight", {"method": moving, **full}),
             "lora": ("ten", lora),
             "uneven": ("bad", {"method": {"name": "mapo"}, "train": often}),
             "few": ("few", {"method": {"name": "sft"}, "train": often}),

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
+from mmalign.policy.lagging import mixed_share
 from mmalign.rng import KeyedRNG
 from mmalign.training.loop import Progress
 from mmalign.training.optim import schedule
-from tests.helpers.linear_runs import START, WEIGHTS, Batch, Regression, Run, by_hand, data, flat, of
+from tests.helpers.linear_runs import START, WEIGHTS, Batch, Regression, Relative, Run, by_hand, data, flat, of
 
 
 @pytest.mark.parametrize("sizes", [[8], [4, 4], [2, 2, 2, 2], [3, 1, 4], [1] * 8])
@@ -75,7 +77,31 @@ def test_the_average_takes_in_every_update(start: Callable[..., Run]) -> None:
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * flat(run.net)
     assert run.train_state.ema is not None
-    torch.testing.assert_close(torch.cat([x.flatten() for x in run.train_state.ema.state()]), expected)
+    torch.testing.assert_close(torch.cat([x.flatten() for x in run.train_state.ema.weights]), expected)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_hard_moves_of_the_reference_are_runs_one_after_another(start: Callable[..., Run], every: int) -> None:
+    """Bit for bit: each of them has its own first weights as the reference, which stays."""
+    batches = data([2] * 6)
+    moving = start(share=partial(mixed_share, every=every, mix=1.0, ramp=None, flat=0))
+    moving(Relative(), of(batches), steps=6)
+    at = START
+    for first in range(0, 6, every):
+        run = start(weights=at)
+        run(Relative(), of(batches[first : first + every]), steps=every)
+        at = flat(run.net)
+    assert torch.equal(flat(moving.net), at)
+    fixed = start()
+    fixed(Relative(), of(batches), steps=6)
+    assert not torch.allclose(flat(fixed.net), at)
+
+
+def test_a_reference_that_never_moves_stays(start: Callable[..., Run]) -> None:
+    fixed, moving = start(), start(share=partial(mixed_share, every=7, mix=1.0, ramp=None, flat=0))
+    for run in (fixed, moving):
+        run(Relative(), of(data([2] * 6)), steps=6)
+    assert torch.equal(flat(fixed.net), flat(moving.net))
 
 
 def spoilt(value: float, row: int) -> Callable[[Batch, Tensor], Tensor]:

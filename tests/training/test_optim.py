@@ -2,13 +2,15 @@
 
 import builtins
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mmalign.training.optim import EMA, build_optimizer, schedule
+from mmalign.policy.lagging import LaggingCopy
+from mmalign.training.optim import average_share, build_optimizer, schedule
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:
@@ -111,10 +113,10 @@ def test_eight_bit_adamw_without_its_library(monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
-def averaged(decay: float, values: list[float]) -> tuple[EMA, nn.Parameter]:
+def averaged(decay: float, values: list[float]) -> tuple[LaggingCopy, nn.Parameter]:
     """An average that began at the first value and took in the others."""
     p = nn.Parameter(torch.tensor([values[0]]))
-    ema = EMA([p], decay)
+    ema = LaggingCopy([p], partial(average_share, decay=decay))
     for step, value in enumerate(values[1:], start=1):
         p.data.fill_(value)
         ema.update([p], step)
@@ -127,7 +129,7 @@ def test_the_average_by_hand() -> None:
     first_average = 2 / 11 * 100 + 9 / 11 * 1
     two = 3 / 12 * first_average + 9 / 12 * 2
     three = 4 / 13 * two + 9 / 13 * 4
-    assert ema.state()[0].item() == pytest.approx(three, rel=1e-6)
+    assert ema.weights[0].item() == pytest.approx(three, rel=1e-6)
 
 
 def test_the_average_is_its_closed_form() -> None:
@@ -137,43 +139,43 @@ def test_the_average_is_its_closed_form() -> None:
     decays = [min(0.9, (1 + n) / (10 + n)) for n in range(1, 41)]
     weights = [(1 - d) * math.prod(decays[n + 1 :]) for n, d in enumerate(decays)]
     expected = math.prod(decays) * 1e3 + sum(w * v for w, v in zip(weights, values, strict=True))
-    assert ema.state()[0].item() == pytest.approx(expected, abs=1e-4)
+    assert ema.weights[0].item() == pytest.approx(expected, abs=1e-4)
     assert math.prod(decays) < 1e-6
     assert sum(weights) == pytest.approx(1, abs=1e-6)
 
 
 def test_the_average_of_a_constant_is_that_constant() -> None:
     ema, p = averaged(0.99, [0.3] * 50)
-    assert torch.equal(ema.state()[0], p.detach())
+    assert torch.equal(ema.weights[0], p.detach())
 
 
 def test_swapping_twice_is_nothing() -> None:
     ema, p = averaged(0.9, [1.0, 2.0, 3.0])
-    mean = ema.state()[0].clone()
+    mean = ema.weights[0].clone()
     ema.swap([p])
-    assert torch.equal(p.detach(), mean) and ema.state()[0].item() == 3.0
+    assert torch.equal(p.detach(), mean) and ema.weights[0].item() == 3.0
     ema.swap([p])
-    assert p.item() == 3.0 and torch.equal(ema.state()[0], mean)
+    assert p.item() == 3.0 and torch.equal(ema.weights[0], mean)
     assert p.requires_grad
 
 
 def test_average_is_a_float32_copy() -> None:
     p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    ema = EMA([p], 0.9)
+    ema = LaggingCopy([p], partial(average_share, decay=0.9))
     p.data.fill_(5.0)
-    assert ema.state()[0].dtype == torch.float32 and ema.state()[0].tolist() == [1.0, 1.0]
+    assert ema.weights[0].dtype == torch.float32 and ema.weights[0].tolist() == [1.0, 1.0]
 
 
 def test_an_average_goes_on_from_its_state_bit_for_bit() -> None:
     values = torch.randn(10, generator=torch.Generator().manual_seed(1)).tolist()
     straight, _ = averaged(0.9, values)
     half, p = averaged(0.9, values[:5])
-    again = EMA([p], 0.9)
-    saved: list[Tensor] = [x.clone() for x in half.state()]
+    again = LaggingCopy([p], partial(average_share, decay=0.9))
+    saved: list[Tensor] = [x.clone() for x in half.weights]
     again.load(saved)
     for step, value in enumerate(values[5:], start=5):
         p.data.fill_(value)
         again.update([p], step)
-    assert torch.equal(again.state()[0], straight.state()[0])
+    assert torch.equal(again.weights[0], straight.weights[0])
     with pytest.raises(ValueError, match="zip"):
         again.load([*saved, *saved])

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from mmalign.config.base import MethodConfig, Section
+from mmalign.config.base import LaggingConfig, MethodConfig, Section
 from mmalign.config.methods._shared import DenoisingMethodConfig, JudgedMethodConfig
 
 
@@ -130,6 +130,11 @@ class NFTConfig(DivergenceConfig, AdvantageMethodConfig):
         "none", description="l1 measures each error of x_0 in units of its mean size, as published"
     )
     kl: float = Field(1e-4, ge=0, description="weight of the squared difference to the reference's prediction")
+    old: LaggingConfig | None = Field(
+        None,
+        description="lagging copy that generates the images and from which the trust region is measured; as published "
+        "{mix: 0.5, ramp: 0.001}, with every the updates of a batch; default: the policy itself",
+    )
 
 
 class AWMConfig(DivergenceConfig, AdvantageMethodConfig):

@@ -58,7 +58,8 @@ class Contrast:
 
     Attributes:
         view: inputs of the networks, and the training target, [KB] rows; the conditioning of the prompts [B].
-        old: the policy's prediction [KB, C, H, W]; None in the first contrast, where the loss itself makes it.
+        old: the prediction [KB, C, H, W] of the policy that generated; None in the first contrast, whose loss makes it,
+            unless that policy lags behind.
         reference: the reference's prediction [KB, C, H, W]; None without a reference.
         advantages: [B, K].
         weights: weights of the prompts [B]; 0 if all their rewards are equal.
@@ -171,7 +172,8 @@ def online_contrasts(
             of_policy, of_reference = (
                 _predict(policy.family, batch[part], view, guidance, size) for guidance in (1.0, reference_guidance)
             )
-            old, reference = of_policy(policy.unwrapped) if made else None, policy.on_reference(of_reference)
+            moved = bool(made) or policy.old is not None  # since the policy predicted this
+            old, reference = of_policy(policy.unwrapped) if moved else None, policy.on_reference(of_reference)
             made.append(Contrast(view, old, reference, values[part], generated.weights[part], generated.summary))
     return made
 

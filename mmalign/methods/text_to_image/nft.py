@@ -5,19 +5,23 @@
 
 That is the published loss without its weighting, up to a factor and a constant. The publication predicts x_0, mixes the
 old and the new prediction to a positive and a negative one, and divides each squared error by the mean absolute one;
-`weighting: l1` does that. The old policy is the one that generated the images, not a moving average.
+`weighting: l1` does that. The old policy generates the images. It is the policy itself, or as published a lagging copy
+(`old`).
 
 B prompts, K images of each; [KB] rows.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from mmalign.config.methods import NFTConfig as Config
+from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.families.base import TextToImage
 from mmalign.losses import forward_process
-from mmalign.methods import Step
+from mmalign.methods import Requirements, Step
 from mmalign.methods.text_to_image._online import (
     Contrast,
     Errors,
@@ -28,9 +32,18 @@ from mmalign.methods.text_to_image._online import (
     online_step,
 )
 from mmalign.policy import Policy
+from mmalign.rng import KeyedRNG
 
-requirements = online_requirements
-contrasts = online_contrasts
+
+def requirements(cfg: Config) -> Requirements:
+    """Return the method's needs, with its old policy."""
+    return replace(online_requirements(cfg), old=cfg.old)
+
+
+def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
+    """Return contrasts of the images that the old policy generates."""
+    with policy.as_old():
+        return online_contrasts(policy, batch, cfg, rng)
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:

@@ -95,6 +95,11 @@ def answer(
     """Generate and judge the answers to all questions, in one call; `mixture` is the reference's share of logits."""
     # K answers to each question
     family, number = policy.family, len(batch.rows)
+    if mixture and policy.moving is not None and policy.skeleton is not None:
+        raise ValueError(
+            "method.reference: a moving reference writes no answers with the policy under train.sharding: fsdp2; "
+            "leave out method.reference, method.mixture, or the sharding"
+        )
     keys = [stable_hash(str(row), str(k)) for k in range(cfg.answers) for row in batch.rows]
     other, prompts = Mixture(policy.on_reference, mixture) if mixture else None, list(batch.tokens.rows) * cfg.answers
     with contextlib.ExitStack() as whole:  # processes generate answers of unequal length

@@ -115,7 +115,7 @@ def requirements(cfg: Config) -> Requirements:
     """Return the method's needs under the mode; a run is measured on the responses of the data."""
     settings = {"mean": cfg.mean, "rejected": cfg.gamma > 0, "hallucinated": cfg.gamma < 1}
     return replace(
-        pair_requirements(cfg, int(cfg.mode == "offline"), settings, compute=precompute),
+        pair_requirements(cfg, int(cfg.mode == "offline" and cfg.reference is None), settings, compute=precompute),
         decoded_images=cfg.mode == "mixed",  # for the annotator
         reward=cfg.mixed.reward if cfg.mode == "mixed" else None,
         combine=cfg.mixed.combine,

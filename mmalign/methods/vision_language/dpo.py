@@ -27,7 +27,7 @@ from mmalign.rng import KeyedRNG
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the reference of the loss, or its cached scores."""
-    return pair_requirements(cfg, 1, {"mean": cfg.mean})
+    return pair_requirements(cfg, int(cfg.reference is None), {"mean": cfg.mean})
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

@@ -34,7 +34,7 @@ TOKENS = "tokens"  # name of the means over tokens
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: thumbs, and a reference or its cached scores."""
-    return thumbs_requirements(cfg, cached_scores(1, {}))
+    return thumbs_requirements(cfg, cached_scores(int(cfg.reference is None), {}))
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: object, rng: KeyedRNG) -> list[Contrast]:

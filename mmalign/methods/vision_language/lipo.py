@@ -24,7 +24,8 @@ contrasts = kto.contrasts
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: lists, and a reference or its cached scores unless the loss has none."""
     compares = not cfg.loss.of_responses
-    return Requirements(reference=compares, learns_from="lists", precompute=cached_scores(int(compares), {}))
+    cached = cached_scores(int(compares and cfg.reference is None), {})
+    return Requirements(reference=compares, learns_from="lists", precompute=cached)
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:

@@ -42,7 +42,7 @@ VIEWS = (*PAIR, "retrieved")
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the pairs' other images, and the reference of the loss or its cached scores."""
     settings = {"mean": cfg.mean, "rejected_scoring": cfg.rejected_scoring}
-    return replace(pair_requirements(cfg, 1, settings), other_images=True)
+    return replace(pair_requirements(cfg, int(cfg.reference is None), settings), other_images=True)
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

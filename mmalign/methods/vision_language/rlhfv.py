@@ -36,7 +36,7 @@ from mmalign.rng import KeyedRNG
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: the reference of the loss, or its cached scores."""
     settings = {**cfg.model_dump(include={"gamma", "min_block", "insertions"}), "mean": cfg.mean}
-    return pair_requirements(cfg, 1, settings)
+    return pair_requirements(cfg, int(cfg.reference is None), settings)
 
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:

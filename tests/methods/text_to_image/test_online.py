@@ -17,6 +17,7 @@ from mmalign.losses.advantages import advantages
 from mmalign.methods.text_to_image import awm, nft
 from mmalign.methods.text_to_image._online import Contrast, by_prompt, generate
 from mmalign.policy import Policy
+from mmalign.policy.lagging import LaggingCopy
 from tests.helpers.image_batches import ROWS, bright, prompts
 from tests.helpers.loading import diffusion_families
 from tests.helpers.policies import DRAWS, full, gradient
@@ -84,6 +85,21 @@ def test_the_first_contrast_has_the_old_prediction_in_its_loss(sd: TextToImage, 
     torch.testing.assert_close(steps[0].losses, steps[1].losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
     assert gradients[1].norm() > 1e-3
+
+
+def test_an_old_policy_that_lags_generates_and_is_the_centre_of_the_trust_region(sd: TextToImage) -> None:
+    """Its contrasts are those of a policy with its weights, the first one's prediction included."""
+    policy, cfg = full(sd), config("nft", {"noisings": 2}, old={"every": 1, "mix": 0.5})
+    assert methods.find("nft").requirements(cfg).old == cfg.old
+    expected = made("nft", policy, prompts(sd), cfg)
+    lagging = replace(policy, old=LaggingCopy(policy.trainable(), lambda step: 0.5))
+    moved(policy)
+    first, second = made("nft", lagging, prompts(sd), cfg)
+    assert torch.equal(first.view.x_t, expected[0].view.x_t) and torch.equal(second.old, expected[1].old)
+    actual = policy.family.predict(
+        policy.unwrapped, first.view.x_t, first.view.t, first.view.cond.cycle(len(first.old))
+    )
+    assert first.old is not None and not torch.allclose(first.old, actual, atol=1e-3)
 
 
 def moved(policy: Policy) -> None:
