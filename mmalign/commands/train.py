@@ -16,7 +16,7 @@ from mmalign.commands._after_update import AfterUpdate
 from mmalign.commands._samples import Sampler, open_previews
 from mmalign.commands.load_recipe import dump_recipe
 from mmalign.config import Recipe, Train
-from mmalign.data.data_module import DataModule
+from mmalign.data.data_module import DataModule, Splits
 from mmalign.data.pairs import format_rows
 from mmalign.families.base import Family
 from mmalign.families.compile import compile_blocks
@@ -95,19 +95,9 @@ def train(recipe: Recipe, *, dry_run: bool = False) -> Trained | None:
 
 def _train_locked(recipe: Recipe, output: Path) -> Trained:
     """Train in the locked folder `output`."""
-    # Checks, data and processes, before any model is loaded
     started, options = time.time(), recipe.train
-    check_owned(output / "model", RUN_INFO)
     needs = methods.requirements_of(recipe.method)
-    splits = modality_of(recipe).open_pairs(recipe, needs)
-    preflight.check_annotators(needs, splits[0])
-    trackers = options.trackers if options.trackers else None
-    accelerator = open_accelerator(
-        options, log_with=trackers, project_dir=recipe.output, rank_timeout=recipe.limits.rank_timeout
-    )
-    for line in needs.check():
-        logger.info(line)
-    logger.info(describe_updates(options, needs, len(splits[0]), accelerator.num_processes))
+    splits, accelerator = _open_data(recipe, needs, output)
 
     # Models and the last checkpoint
     device = accelerator.device
@@ -145,8 +135,7 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     )
     del saved  # the optimizer's state in it is as large as the optimizer's own
     cache.offload_encoders(data_module, recipe, family)
-    count = sum(p.numel() for p in run.policy.trainable())
-    number = f"{count / 1e6:.2f}M" if count >= 10_000 else f"{count:,}"
+    number = _count_trainable(run.policy)
     logger.info(f"{recipe.method.name}: {number} trainable parameters of {run.policy.family.name}; {data_module.about}")
 
     # Training, export and verdict
@@ -161,6 +150,22 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     if run.train_state.guard.left_out:
         logger.warning(f"train.guard: {run.train_state.guard.left_out} bad updates were left out")
     return _result(recipe, run, reporter, started)
+
+
+def _open_data(recipe: Recipe, needs: methods.Requirements, output: Path) -> tuple[Splits, Accelerator]:
+    """Check the folder, open data and processes, and log the updates; no model is loaded for that."""
+    options = recipe.train
+    check_owned(output / "model", RUN_INFO)
+    splits = modality_of(recipe).open_pairs(recipe, needs)
+    preflight.check_annotators(needs, splits[0])
+    trackers = options.trackers if options.trackers else None
+    accelerator = open_accelerator(
+        options, log_with=trackers, project_dir=recipe.output, rank_timeout=recipe.limits.rank_timeout
+    )
+    for line in needs.check():
+        logger.info(line)
+    logger.info(describe_updates(options, needs, len(splits[0]), accelerator.num_processes))
+    return splits, accelerator
 
 
 def _result(recipe: Recipe, run: TrainingRun, reporter: Reporter, started: float) -> Trained:
@@ -205,6 +210,12 @@ def describe_updates(options: Train, needs: methods.Requirements, num_pairs: int
         f"{num_pairs:,} pairs; update: {processes} x {options.batch_size} pairs x {accumulated} batches = {number} "
         f"pairs; {steps}{few}"
     )
+
+
+def _count_trainable(policy: Policy) -> str:
+    """Return the number of trainable parameters, in millions if they are many."""
+    count = sum(p.numel() for p in policy.trainable())
+    return f"{count / 1e6:.2f}M" if count >= 10_000 else f"{count:,}"
 
 
 def _rounded(number: float) -> str:
