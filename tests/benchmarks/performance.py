@@ -109,7 +109,7 @@ def two_forwards(run: Run) -> Run:
 
     def step_scores(family: Any, cfg: Any, view: Any, net: nn.Module) -> Any:
         rows = view.source
-        repeated = {name: getattr(view, name)[rows] for name in ("x_t", "t", "prev", "cond", "unconditional")}
+        repeated = {name: getattr(view, name)[rows] for name in ("x_t", "t", "prev", "prompt")}
         twice = replace(view, **repeated, source=torch.arange(len(rows), device=rows.device))
         return spo.step_scores(family, cfg, twice, net)
 
