@@ -299,7 +299,8 @@ def check_reward_model(key: str, reward: Rewards, *, responses: bool = False, tr
             raise ValueError(f"{place}.weight: {config.weight:g} means nothing beside at_least; leave one of them out")
         check = response_module(config.name).check_responses if responses else image_module(config.name).check
         check(f"{place}.path", config.path)
-        if responses and not truths and reward_config(config.name, config.options).reads_truths(config.path):
+        options = reward_config(config.name, config.options)
+        if responses and not truths and options.reads_truths(config.path):
             raise ValueError(
                 f"{place}.name: {config.name} reads the true answers of the data, which methods that learn from "
                 "prompts have; use another judge here, such as vlm or a function without them"

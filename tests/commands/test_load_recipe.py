@@ -74,7 +74,7 @@ def test_unknown_options_of_a_reward_model_are_refused_before_it_loads() -> None
 
 def test_a_judge_of_pairs_is_refused_where_images_come_in_batches() -> None:
     recipe = load_recipe("text_to_image/spo_tiny_sd", ["method.reward={name: vlm_pairs, path: models/tiny_llava}"])
-    with pytest.raises(ValueError, match=r"method\.reward: vlm_pairs compares the images .* method\.name: spo"):
+    with pytest.raises(ValueError, match=r"method\.reward: reward vlm_pairs compares the images .* method\.name: spo"):
         check_method_judge(recipe)
     whole = load_recipe("text_to_image/nft_tiny_sd", ["method.reward={name: vlm_pairs, path: models/tiny_llava}"])
     check_method_judge(whole)  # all images of a prompt come together
@@ -111,7 +111,7 @@ def test_renamed_option_is_answered_with_its_new_name(old: str, new: str) -> Non
 
 def test_moved_option_is_offered_only_where_it_exists() -> None:
     recipe = {**copy.deepcopy(LEAST), "method": {"name": "mapo", "flip_rate": 0.1}}
-    assert slip(of=recipe) == "recipe: method has no 'flip_rate'; it has name, beta, snr, caption_dropout"
+    assert slip(of=recipe) == "recipe: method has no 'flip_rate'; it has name, reference, beta, snr, caption_dropout"
 
 
 def test_a_loss_is_a_name_or_a_section() -> None:
@@ -274,8 +274,8 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(override: str, sentence
         ),
         (
             "prepare={}",
-            "recipe: prepare needs 'reward', which is missing; expected reward model that ranks the images, or a list "
-            "of several",
+            "recipe: prepare needs 'reward', which is missing; expected judge that ranks the outputs to a prompt, or a "
+            "list of several",
         ),
         ("prepare={reward: [{path: a, pth: b}]}", "recipe: prepare.reward.0 has no 'pth'; did you mean 'path'?"),
         (
