@@ -42,7 +42,7 @@ def vowels(text: str) -> int:
 @pytest.fixture
 def judged(vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A recipe that samples three answers of four tokens to three prompts without answers."""
-    (tmp_path / "tastes.py").write_text(JUDGES)
+    (tmp_path / "answer_tastes.py").write_text(JUDGES)
     monkeypatch.chdir(tmp_path)
     source = answers(tmp_path / "source", ["A.", "B.", "C."])
     rows = [json.loads(line) for line in source.read_text().splitlines()]
@@ -50,7 +50,7 @@ def judged(vlm_folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def recipe(judge: str = "vowels", name: str = "made.jsonl", /, **settings: Any) -> dict[str, Any]:
         ranking = {
-            "reward": {"name": "function", "path": f"tastes:{judge}"},
+            "reward": {"name": "function", "path": f"answer_tastes:{judge}"},
             "responses_per_prompt": 3,
             "max_new_tokens": 4,
             "min_confidence": 0.5,
@@ -120,7 +120,7 @@ def test_another_judge_ranks_the_same_answers(judged: Recipe, tmp_path: Path, mo
 
 def test_a_score_that_is_no_number_is_refused(judged: Recipe) -> None:
     message = refused(judged("nothing"))
-    assert "tastes:nothing" in message and "returned nan for the prompt 'What is it?'" in message
+    assert "answer_tastes:nothing" in message and "returned nan for the prompt 'What is it?'" in message
 
 
 def test_equal_answers_are_no_pair(judged: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
