@@ -1,7 +1,6 @@
 """`mmalign bench` on tiny models: parts of a step, operations, memory, and variants."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mmalign.commands._bench_run import build, count_operations, peak_bytes, sho
 from mmalign.commands.bench import MMALIGN, Measured, Report, bench, costs, ratios
 from mmalign.commands.load_recipe import load_recipe
 from tests.helpers import recipes
+from tests.helpers.compiling import traced
 
 pytestmark = pytest.mark.xdist_group("bench")  # its fixture runs once
 
@@ -165,16 +165,14 @@ def test_bench_starts_no_workers(tiny_sd15: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_run_has_the_same_counts(tiny_sd15: Path, tmp_path: Path) -> None:
-    torch._dynamo.reset()
     counts = {}
-    for compiled in (False, True):
-        sections: dict[str, Any] = {"model": {"tune": "lora"}, "train": {"compile": compiled}}
-        recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, **sections))
-        run = build(recipe, Accelerator(), tmp_path / f"{compiled}", 4)
-        run.updates(run, 1, None)
-        counts[compiled] = count_operations(run), peak_bytes(run, 0)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # it was compiled
+    with traced():
+        for compiled in (False, True):
+            sections: dict[str, Any] = {"model": {"tune": "lora"}, "train": {"compile": compiled}}
+            recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, **sections))
+            run = build(recipe, Accelerator(), tmp_path / f"{compiled}", 4)
+            run.updates(run, 1, None)
+            counts[compiled] = count_operations(run), peak_bytes(run, 0)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # it was compiled
     assert counts[True] == counts[False]
-    torch._dynamo.reset()

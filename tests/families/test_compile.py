@@ -13,7 +13,7 @@ from torch import nn
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.families import compile, step_judge
-from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
+from tests.helpers import STANDING_VLMS, Folders, compiling, data_files, recipes
 from tests.helpers.loading import CPU, load_diffusion, load_vlm
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
@@ -28,11 +28,8 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def traced() -> Iterator[None]:
-    """Trace compiled blocks, but generate no code, which takes most of the time."""
-    before = torch.compiler.get_default_backend()
-    torch.compiler.set_default_backend("eager")
-    yield
-    torch.compiler.set_default_backend(before)
+    with compiling.traced():
+        yield
 
 
 def learned(recipe: dict[str, Any]) -> tuple[list[float], dict[str, int]]:
