@@ -196,7 +196,7 @@ class ImageRows:
     ) -> None:
         self._rows, self._layout, self._reader, self._group_by = rows, layout, reader, group_by
         self._learning: Learning = learning
-        self._read_label, self._attributes, self._ties = label, attributes, ties
+        self._read_label, self._attributes, self._ties = label, dict(attributes), ties
         self._index: NDArray[np.int64] = np.empty((0, 2), dtype=np.int64)  # a pair's row, and its number in the row
         self._prompts, self._rejected_prompts, self._groups = list[str](), list[str](), list[str]()
         self._liked, self._annotators = list[bool](), list[str]()
