@@ -75,6 +75,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
 
 
+@pytest.mark.slow
 def test_every_command_says_what_it_does() -> None:
     listed = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
     assert sorted(listed) == sorted(COMMANDS)
@@ -119,6 +120,7 @@ def test_a_wrong_call_is_told_how_it_goes(arguments: list[str], sentence: str) -
     assert code == 2 and sentence in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 def test_train_evaluate_gallery(tune: str, recipe: Path, tmp_path: Path) -> None:
     settings = ("--set", f"model.tune={tune}", "--set", "model.lora={rank: 4, alpha: 32.0}", "--set", "train.lr=1e-2")

@@ -42,6 +42,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(built)
 
 
+@pytest.mark.slow
 def test_wheel_has_exactly_the_package_and_its_share(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     assert {name.split("/")[0] for name in names} == {"mmalign", f"mmalign-{version()}.dist-info"}
@@ -60,6 +61,7 @@ def test_the_wheel_is_small(wheel: zipfile.ZipFile) -> None:
     assert total < 60 * MEGABYTE, f"{total / MEGABYTE:.0f} MB, of which {largest.filename} has {largest.compress_size}"
 
 
+@pytest.mark.slow
 def test_bundled_files_are_found_without_a_checkout(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path / "site")
     (tmp_path / "elsewhere").mkdir()

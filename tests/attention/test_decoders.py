@@ -217,6 +217,7 @@ def apart(family: Any) -> Any:
     return replace(family, loading=replace(family.loading, pack_responses=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast([*BUILDERS, *NEWER]))
 def test_every_family_calls_xformers_as_its_kernels_need(name: str, vlm_folders: Folders, kernel: Kernel) -> None:
     """Shapes, strides, dtypes and masks are checked by the stand-in; here the scores, recomputed for the gradient."""
@@ -237,6 +238,7 @@ def test_every_family_calls_xformers_as_its_kernels_need(name: str, vlm_folders:
         kernel.calls.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast([*BUILDERS, *NEWER]))
 def test_half_precision_calls_xformers_in_one_dtype(name: str, vlm_folders: Folders, kernel: Kernel) -> None:
     """In bfloat16 under autocast, in training and in generation: each call is compared with the formula."""

@@ -60,6 +60,7 @@ def answer(family: TextToImage, net: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 # float32: the reference adds in another order, and small gradients are differences of large ones.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdpa", "dense"])
 def test_every_family_is_what_it_was(family: TextToImage, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, grad = answer(family, family.network)
@@ -72,6 +73,7 @@ def test_every_family_is_what_it_was(family: TextToImage, name: str, monkeypatch
     assert (our_grad - grad).norm() < 1e-5 * grad.norm()
 
 
+@pytest.mark.slow
 def test_every_family_calls_xformers_as_its_kernels_need(family: TextToImage, kernel: Kernel) -> None:
     """Shapes, strides, dtypes and masks are checked by the stand-in; here the answer, recomputed for the gradient."""
     stock, grad = answer(family, family.network)
@@ -142,6 +144,7 @@ def test_half_precision_is_that_of_autocast(flow_folders: Folders) -> None:
     torch.testing.assert_close(actual.float(), stock.float(), rtol=0.05, atol=0.05)  # of bfloat16's 8 bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast([*UNETS, *flow_models.BUILDERS]))
 def test_half_precision_calls_xformers_in_one_dtype(
     name: str, request: pytest.FixtureRequest, flow_folders: Folders, kernel: Kernel
@@ -155,6 +158,7 @@ def test_half_precision_calls_xformers_in_one_dtype(
     assert {call.query.dtype for call in kernel.calls} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_heads_are_measured(family: TextToImage) -> None:
     assert denoisers.head_sizes(family.network) <= {2, 4, 8}
     assert denoisers.head_sizes(family.network)

@@ -32,6 +32,7 @@ def tokens(x: Tensor, role: int) -> Tensor:
     return (32 * x[0, :, 0, 0] + x[0, :, 0, 1]).long()
 
 
+@pytest.mark.slow
 def test_kernels_see_the_reference_mask_of_200_forests(kernel: Kernel) -> None:
     """Queries, keys and values are marked, so that a call tells which tokens of the row it was given, and as what.
 

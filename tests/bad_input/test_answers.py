@@ -69,6 +69,7 @@ def filled(evaluate: Content, folder: Path) -> Content:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("evaluate", "sentence"),
     [

@@ -76,6 +76,7 @@ def test_what_prepare_needs_is_told_before_any_model_is_loaded(
     contains(message, sentence.replace("W", str(world)))
 
 
+@pytest.mark.slow
 def test_unloadable_reward_is_refused_before_generation(
     mmalign: Commands, content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,12 +32,14 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(
     assert (out / "recipe.yaml").read_text() == recipe and weights(out) == before
 
 
+@pytest.mark.slow
 def test_adapters_of_another_rank_are_refused(mmalign: Commands, content: Content) -> None:
     mmalign("train", content, "model.tune=lora")
     message = mmalign.refused("train", content, "model.tune=lora", "model.lora.rank=4", "train.steps=4")
     contains(message, "belongs to another run (tune lora of rank 16", "this one has tune lora of rank 4")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_goes_further_or_has_no_average(mmalign: Commands, content: Content) -> None:
     mmalign("train", content)
     message = mmalign.refused("train", content, "train.steps=1")
@@ -46,6 +48,7 @@ def test_a_checkpoint_that_goes_further_or_has_no_average(mmalign: Commands, con
     contains(message, "train.ema: ", "has no moving average")
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_not_compared_with_another_base(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     mmalign("train", content)
     other_base = diffusion_models.stable_diffusion(tmp_path / "other", seed=1)

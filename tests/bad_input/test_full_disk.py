@@ -23,6 +23,7 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(mmalign: Commands, con
     assert weights(out / "model") == weights(tmp_path / "whole" / "model")
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_export_keeps_the_model_before(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     mmalign("train", content)
     model = tmp_path / "out" / "model"
@@ -33,6 +34,7 @@ def test_a_full_disk_at_the_export_keeps_the_model_before(mmalign: Commands, con
     assert weights(model) == before and not list(model.parent.glob(".model.*"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_cache_keeps_what_was_encoded(mmalign: Commands, content: Content, tmp_path: Path) -> None:
     mmalign("train", content, "data.limit=2", "data.cache='off'", f"output={tmp_path / 'first'}")  # maps the table
     with full_disk(10_000):

@@ -15,6 +15,7 @@ DEEP = "[" * 3000
 ALIASES = "a0: &a0 [x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [(ALIASES, "more than 16 aliases"), (DEEP, "nested too deeply"), ("#" * (MAX_BYTES + 1), "more than 1,048,576")],

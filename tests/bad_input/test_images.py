@@ -118,6 +118,7 @@ def test_a_caption_of_10_000_characters_is_cut_and_that_is_said(
     contains(mmalign("train", content, f"data.cache='{cache}'"), "2 of 8 prompts exceed the text encoder's limit")
 
 
+@pytest.mark.slow
 def test_fewer_pairs_than_one_batch_are_enough(mmalign: Commands, content: Content) -> None:
     assert "8 pairs" in mmalign("train", content, "train.batch_size=32")
 

@@ -31,6 +31,7 @@ def report(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     return bench(content, variants=[OFF, CHECKPOINTED, NO_REFERENCE], repeats=1)
 
 
+@pytest.mark.slow
 def test_bench_measures_every_part_of_every_run(report: Report) -> None:
     assert list(report.runs) == [MMALIGN, OFF, CHECKPOINTED, NO_REFERENCE]
     for name, run in report.runs.items():

@@ -75,6 +75,7 @@ def test_cached_scores_change_losses_by_rounding_only(
     assert not (tmp_path / "plain" / "cache").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", KEEPING)
 def test_loss_of_the_first_update_is_ln_2(method: str, vlm_folders: Folders, tmp_path: Path, no_copy: None) -> None:
     """Each term is, to the rounding of a score."""
@@ -109,6 +110,7 @@ def test_cached_draws_change_nothing_until_they_repeat(method: str, tune: str, t
         assert_close(trained(cached, more)[0], trained(plain, more)[0])
 
 
+@pytest.mark.slow
 def test_cached_run_resumes_bit_for_bit(vlm_folders: Folders, tmp_path: Path) -> None:
     sections: dict[str, Any] = {"method": {"name": "povid", **KEEPING["povid"]}, "model": {"tune": "full"}}
     assert_resumes(responses(vlm_folders("llava"), tmp_path, "out", **sections, train={"steps": 6, "save_every": 3}))
@@ -220,6 +222,7 @@ def test_cache_reports_writes_and_then_nothing_new(
         assert log_lines[-1].endswith(f" of other settings in {', '.join(useless)}")
 
 
+@pytest.mark.slow
 def test_random_crops_cache_text_alone(tiny_sd15: Path, tmp_path: Path) -> None:
     content = pictures(tiny_sd15, tmp_path, "out", data={"crop": "random"})
     folder = caching.cache(load_recipe(content))
@@ -241,6 +244,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", first_fast(SHAPES))
 def test_cached_shapes_equal_decoded_ones(shape: str, tiny_sd15: Path, tmp_path: Path) -> None:
     sections: dict[str, Any] = {"data": {"resolution": 16, **SHAPES[shape]}, "train": {"steps": 3, "batch_size": 2}}

@@ -38,6 +38,7 @@ def test_choices_are_listed_with_their_own_keys() -> None:
     assert "  robust: fraction of swapped labels" in explain("flip_rate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", sorted(RENAMED))
 def test_old_name_is_answered_with_the_new(old: str) -> None:
     assert explain(old)[0] == f"{old} is now called {RENAMED[old]}"

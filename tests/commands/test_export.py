@@ -107,6 +107,7 @@ def logits(model: Any, processor: Any) -> Tensor:
     return model.eval()(**inputs).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(VLMS))
 def test_vision_language_forms_give_the_trained_logits(name: str, folders: Folders, tmp_path: Path) -> None:
     family = adapted(load_vlm(folders(name)))
@@ -229,6 +230,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, diffusion_folders: Folders) ->
     return folder / "output"
 
 
+@pytest.mark.slow
 def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
     """ComfyUI's file of a checkpoint holds the average at that update; the end of the run is the default."""
     mmalign.evaluate(load_recipe(run))
@@ -251,6 +253,7 @@ def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
     assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])["model"]["lora"]["alpha"] == 12.0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_evaluated_and_shown(run: Path, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
     shutil.copytree(run, stopped, ignore=shutil.ignore_patterns("model", "evaluation*", "export"))
@@ -327,6 +330,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_push(run: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = mmalign.export(run, to="comfyui", push="mine/aligned")
     assert [hub.created[key] for key in ("organization", "name", "visibility")] == ["mine", "aligned", "private"]

@@ -178,6 +178,7 @@ def test_names_cannot_leave_their_comment(tiny_sd15: Path, tmp_path: Path) -> No
     assert not load_recipe(output).allow_pickle
 
 
+@pytest.mark.slow
 def test_every_family_and_method_has_settings() -> None:
     from mmalign.config.methods import METHODS
 

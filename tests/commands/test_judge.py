@@ -38,6 +38,7 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", first_fast(list(PARTS)))
 def test_a_judge_resumes_bit_by_bit_and_judges(part: str, tiny_clip: Path, tmp_path: Path) -> None:
     train = {"steps": 2, "save_every": 1}

@@ -39,6 +39,7 @@ def test_a_run_with_a_moving_reference_resumes_bit_for_bit(tune: str, tiny_sd15:
     assert any(not torch.allclose(moving[name], fixed[name], rtol=0, atol=1e-6) for name in fixed)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_the_trained_weights_of_the_reference_alone(tiny_sd15: Path, tmp_path: Path) -> None:
     """Those of the policy, right after a move that makes them equal."""
     recipe = content(tiny_sd15, tmp_path, "run", every=2, mix=1.0)
@@ -76,12 +77,14 @@ def test_responses_are_scored_by_the_reference_of_now(vlm_folders: Folders, tmp_
     assert logits["moving"][:3] == pytest.approx([*logits["never"][:2], 0.5 * logits["never"][2]], rel=0.05, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_reference_does_not_begin_to_move_in_the_middle(tiny_sd15: Path, tmp_path: Path) -> None:
     train(load_recipe(content(tiny_sd15, tmp_path, "run"), ["train.steps=2"]))
     with pytest.raises(ValueError, match=r"method\.reference: .*checkpoint-00000002 has no lagging copy; leave it out"):
         train(load_recipe(content(tiny_sd15, tmp_path, "run", **MOVES)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_a_plan_counts_the_copy(tune: str, tiny_sd15: Path, tmp_path: Path) -> None:
     """In memory it is as large as the gradients, and so it is in a checkpoint; the frozen reference is counted too."""

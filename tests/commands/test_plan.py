@@ -30,6 +30,7 @@ def without_weights(model: Path, folder: Path) -> Path:
     return Path(shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin")))
 
 
+@pytest.mark.slow
 def test_a_plan_needs_configurations_alone(tiny_sd15: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = without_weights(tiny_sd15, tmp_path / "model")
     content = recipes.diffusion_in(bare, tmp_path / "run", **FULL)

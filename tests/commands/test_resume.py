@@ -37,6 +37,7 @@ def trained(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Conten
     return content
 
 
+@pytest.mark.slow
 def test_balanced_thumbs_are_of_one_run_and_never_fresh(content: Content) -> None:
     """Rows recur within their first epoch, so no update shows what holds for other rows."""
     content["method"] = {"name": "diffusion_kto", "liked_share": 0.5}
@@ -163,6 +164,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(
     assert "resuming from checkpoint-00000002" in log_lines
 
 
+@pytest.mark.slow
 def test_validation_pairs_of_the_training_are_refused(content: Content, tmp_path: Path) -> None:
     content["evaluate"] = {"benchmark": "implicit", "num_noise_samples": 1}
     train(load_recipe(content))
@@ -175,6 +177,7 @@ def test_validation_pairs_of_the_training_are_refused(content: Content, tmp_path
         evaluate(load_recipe(held, ["train.seed=1"]))
 
 
+@pytest.mark.slow
 def test_validation_prompts_of_spo_are_refused(tiny_sd15: Path, tiny_step_judge: Path, tmp_path: Path) -> None:
     reward = {"name": "step_aware", "path": str(tiny_step_judge)}
     method = {"name": "spo", "steps": 6, "start": 2, "threshold": 0.0, "reward": reward}
@@ -186,6 +189,7 @@ def test_validation_prompts_of_spo_are_refused(tiny_sd15: Path, tiny_step_judge:
         evaluate(load_recipe(content, ["data.validation_fraction=0.5"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "name"), [(train, "model"), (evaluate, "evaluation")])
 def test_folders_of_others_are_left_alone(command: Any, name: str, content: Content, tmp_path: Path) -> None:
     content["evaluate"] = {"benchmark": "scenes", "prompts": 2, "sampling": {"steps": 1, "resolution": 16}}
@@ -199,6 +203,7 @@ def test_folders_of_others_are_left_alone(command: Any, name: str, content: Cont
     assert own.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_hidden_folders_of_others_are_left_alone(content: Content, tmp_path: Path) -> None:
     names = [".checkpoint-mine", ".checkpoint-00000002.backup", "checkpoint-mine", ".model", "evaluation"]
     for name in names:
@@ -208,6 +213,7 @@ def test_hidden_folders_of_others_are_left_alone(content: Content, tmp_path: Pat
     assert all((tmp_path / "out" / name / "notes.txt").is_file() for name in names)
 
 
+@pytest.mark.slow
 def test_exported_files_have_the_permissions_of_the_umask(content: Content, tmp_path: Path) -> None:
     previous = os.umask(0o022)
     try:

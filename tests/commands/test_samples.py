@@ -84,6 +84,7 @@ def test_images_change_nothing_and_go_on(images: dict[str, Any], tmp_path: Path)
     assert history(stopped) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 def test_answers_change_nothing_and_go_on(tune: str, vlm_folders: Folders, tmp_path: Path) -> None:
     rows = data_files.response_pairs(tmp_path / "rows")

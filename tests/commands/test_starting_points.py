@@ -28,6 +28,7 @@ from tests.helpers.runs import assert_same
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["diffusers", "comfyui", "peft"])
 def test_an_adapter_is_continued_or_merged(form: str, tiny_sdxl: Path, tmp_path: Path) -> None:
     first = adapted(load_diffusion(tiny_sdxl))
@@ -60,6 +61,7 @@ def test_a_vision_language_adapter_is_continued_or_merged(vlm_folders: Folders, 
     assert not adapter_layers(merged.network) and any(p.requires_grad for p in again.network.parameters())
 
 
+@pytest.mark.slow
 def test_an_iterated_run(tiny_sd15: Path, tmp_path: Path) -> None:
     """The second run's whole model is the base with both adapters; its adapter alone is refused."""
     first = adapted(load_diffusion(tiny_sd15))
@@ -103,6 +105,7 @@ def test_wrong_adapters(model: dict[str, Any], sentence: str, tiny_sd15: Path, t
         load_recipe(content)
 
 
+@pytest.mark.slow
 def test_files_of_a_variant(tiny_sd15: Path, tmp_path: Path) -> None:
     """A folder with fp16 files alone asks for the variant; a whole model has the names without it."""
     base = tmp_path / "base"
@@ -161,6 +164,7 @@ def vae_name(name: str, levels: int) -> str:
     return re.sub(r"\bup\.(\d+)", lambda level: f"up.{levels - 1 - int(level[1])}", name)
 
 
+@pytest.mark.slow
 def test_a_single_file(tiny_sd15: Path, tmp_path: Path) -> None:
     file = original_layout(tiny_sd15, tmp_path / "model.safetensors")
     content = recipes.diffusion_in(file, tmp_path, model={"tune": "lora"}, train={"steps": 1, "lr": 1e-2})

@@ -172,6 +172,7 @@ def test_a_run_that_ends_inside_a_batch_is_done(
     assert_same(before, load_file(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), first_fast([(3, 4), (6, 9), (8, 9)]))
 def test_extended_run_equals_an_uninterrupted_one(
     first: int, then: int, steps_of_spo: dict[str, Any], tmp_path: Path, log_lines: list[str]

@@ -42,6 +42,7 @@ def test_going_on_from_a_checkpoint_equals_never_stopping(
     assert before is not None and before[0].tobytes() != after[0].tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(["flux2", "qwen_image", *flow_models.EDITORS], 0))
 def test_the_numbers_are_the_same_without_a_cache(name: str, flow_folders: Folders, tmp_path: Path) -> None:
     """Standardised latents, padded text and its mask: read from a cache or encoded in every batch."""
@@ -73,6 +74,7 @@ PAIRS += [(method, "qwen_image_edit") for method in METHODS]
 PAIRS = [pair for pair in dict.fromkeys(PAIRS) if pair not in NOT_FROM_PROMPTS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "name"), first_fast(PAIRS, 7))
 def test_methods_train_families(
     method: str, name: str, flow_folders: Folders, tiny_step_judge: Path, tmp_path: Path

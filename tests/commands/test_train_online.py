@@ -51,6 +51,7 @@ def shipped(model: Path, *, function: str = "my_reward:score") -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_text_file_and_a_function_make_an_adapter(commands: Commands, tiny_sdxl: Path) -> None:
     """The shipped recipe of SDXL: four updates of one generation and one of the next, and a verdict on the rewards."""
     path = roots()[1] / "configs" / "text_to_image" / "diffusion_online_dpo_sdxl_lora.yaml"

@@ -30,6 +30,7 @@ def retrieved(tmp_path: Path) -> Path:
     return data_files.response_pairs(tmp_path / "rows", layout="realign")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", first_fast(["dpo", "rlhfv"]))
 @pytest.mark.parametrize("tune", first_fast(["lora", "full"]))
 def test_going_on_from_a_checkpoint_equals_never_stopping(

@@ -48,6 +48,7 @@ def responses(vlm_folders: Folders, tmp_path: Path) -> Content:
     return recipes.vlm(vlm_folders("llava"), rows, tmp_path / "out", train={"save_every": 9})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", first_fast(list(METHODS)))
 def test_denoiser_with_far_too_high_lr_is_broken(method: str, pictures: Content) -> None:
     content = {**pictures, "method": {"name": method, **METHODS[method]}}
@@ -64,12 +65,14 @@ def test_language_model_with_far_too_high_lr_is_broken(method: str, tmp_path: Pa
     assert train(recipe).verdict.startswith("the model is broken, it lost ")
 
 
+@pytest.mark.slow
 def test_judge_with_far_too_high_lr_got_worse(tiny_sd15: Path, tiny_clip: Path, pictures: Content) -> None:
     content = {**pictures, "method": {"name": "step_preference"}}
     content["model"] = {"path": str(tiny_clip), "denoiser": str(tiny_sd15)}
     assert verdict(content, "train.lr=1").startswith("the judge got worse (loss ")
 
 
+@pytest.mark.slow
 def test_start_is_before_the_first_update(pictures: Content, tmp_path: Path) -> None:
     """Also where the first update broke the model, and after a resume."""
     start = {**pictures, "method": {"name": "sft"}, "output": str(tmp_path / "still")}
@@ -82,6 +85,7 @@ def test_start_is_before_the_first_update(pictures: Content, tmp_path: Path) -> 
     assert verdict(content, "train.lr=0.1") == whole
 
 
+@pytest.mark.slow
 def test_equal_conditions_are_nothing_to_prefer(pictures: Content) -> None:
     path = Path(pictures["data"]["path"])
     rows = [{**row, "caption": "one prompt for all"} for row in pq.read_table(path).to_pylist()]
@@ -103,6 +107,7 @@ def same_pixels(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("copied", "cache"), first_fast([(same_pixels, "auto"), (same_file, "'off'")]))
 def test_pairs_of_equal_images_are_dropped_and_counted(
     copied: Any, cache: str, pictures: Content, log_lines: list[str]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -24,6 +25,7 @@ def files(family: Any, folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_texts_leave_nothing_in_a_pipeline(diffusion_folders: Folders, tmp_path: Path) -> None:
     for name in ("sd15", "sdxl"):
         family: Any = load_diffusion(diffusion_folders(name))

@@ -159,6 +159,7 @@ def test_all_linear_adapts_every_linear_layer(tiny_sd15: Path) -> None:
     assert len(adapter_layers(family.network)) == number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "qwen2_5_vl"])
 def test_adapters_are_read_without_rounding(
     name: str, diffusion_folders: Folders, vlm_folders: Folders, tmp_path: Path

@@ -46,6 +46,7 @@ def loss_of(policy: Policy[Any], vlm: bool) -> Tensor:
     return method.loss(policy, contrast, config).losses.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("name", ["flux", "qwen2_5_vl"])
 def test_a_quantized_base(name: str, kind: Any, request: pytest.FixtureRequest, tmp_path: Path) -> None:
@@ -104,6 +105,7 @@ def test_a_single_file_is_not_quantized() -> None:
         quantize.pipeline_options("int8", "unet", torch.bfloat16, single_file=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(["sdxl", "qwen2_5_vl", "flux"]))
 def test_exports_hold_the_adapter_and_the_weights_of_the_files(
     name: str, diffusion_folders: Folders, flow_folders: Folders, vlm_folders: Folders, tmp_path: Path

@@ -32,6 +32,7 @@ def write(folder: Path) -> str:
     return (folder / "file").read_text()
 
 
+@pytest.mark.slow
 def test_a_process_is_killed_at_each_moment_and_at_no_other(tmp_path: Path) -> None:
     """A file is old or new at any kill, and never in between."""
     (tmp_path / "file").write_text("old")

@@ -13,6 +13,7 @@ from tests.fuzzing.suite import READERS, fuzz
 INPUTS = 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
 def test_reader_answers_or_names_the_place(reader: Reader) -> None:
     for files in reader.sound:
@@ -20,6 +21,7 @@ def test_reader_answers_or_names_the_place(reader: Reader) -> None:
     fuzz(reader, INPUTS, shrink=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
 def test_reader_does_not_hang_on_what_is_no_file(reader: Reader) -> None:
     files = reader.sound[0]

@@ -33,6 +33,7 @@ def two_updates(method: Any, policy: Policy[Any], batch: Any, cfg: Any) -> None:
             p.data.sub_(1e-3 * p.grad.sign() if p.grad is not None else 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [name for name in LOSSES if name != "orpo"])
 def test_two_updates_on_images(sd: TextToImage, loss: str) -> None:
     options = {"slic": {"name": "slic", "delta": 0.01}}
@@ -41,6 +42,7 @@ def test_two_updates_on_images(sd: TextToImage, loss: str) -> None:
     two_updates(diffusion_dpo, adapted(sd, moved=0.02), image_batches.pairs(sd), cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_updates_on_responses(llava: VisionLanguage, loss: str) -> None:
     options = {"slic": {"name": "slic", "delta": 100.0}}
@@ -113,6 +115,7 @@ def labels(number: int, **parts: float) -> Labels:
     return Labels(*(torch.full((number,), value) for value in given.values()), [""] * number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [diffusion_dpo, inpo, instruct_engine])
 def test_methods_for_images_read_labels(sd: TextToImage, method: Any) -> None:
     policy, batch = adapted(sd, moved=0.02), image_batches.pairs(sd)

@@ -180,6 +180,7 @@ CASES: dict[str, tuple[Any, Any, Callable[[Any], Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_updates_of_every_loss_lower_it(name: str, request: pytest.FixtureRequest) -> None:
     method, settings, batch_of = CASES[name]

@@ -44,11 +44,13 @@ def check_start(policy: Policy, name: str, config: dict[str, Any], expected: flo
     assert gradient(policy, step).norm() > (1e-3 if config.get("loss") != "ipo" else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "terms"), [("diffusion_dpo", 1), ("inpo", 1), ("cca", 2), ("instruct_engine", 1)])
 def test_policy_at_reference_has_ln_2_and_gradient(family: TextToImage, name: str, terms: int) -> None:
     check_start(full(family), name, {}, terms * math.log(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["full", "lora"])
 @pytest.mark.parametrize(
     ("name", "config", "expected"),
@@ -112,6 +114,7 @@ def test_score_is_minus_half_the_mean_squared_error(family: TextToImage) -> None
     torch.testing.assert_close(step.metrics["gradient factor"], (-z).sigmoid(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_equal_pair_has_no_gradient(family: TextToImage) -> None:
     """Both sides' errors are the same numbers, and their gradients cancel to rounding; one side alone has one."""
     policy, batch = full(family, moved=0.02), pairs(family, std=0.0)
@@ -138,6 +141,7 @@ def test_swapping_the_sides_negates_the_logit(family: TextToImage) -> None:
     torch.testing.assert_close(metrics["chosen error"], swapped_metrics["rejected error"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "config"),
     [
@@ -205,6 +209,7 @@ def many(family: TextToImage, number: int) -> EncodedPairs:
     )
 
 
+@pytest.mark.slow
 def test_caption_dropout_decides_once_per_pair(family: TextToImage) -> None:
     """Of 2,000 pairs a share of 0.2 is dropped, within four standard deviations; sizes are never dropped."""
     number, batch = 2000, many(family, 2000)

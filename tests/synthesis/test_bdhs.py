@@ -194,6 +194,7 @@ def completed(family: Any, answers: Sequence[GroundTruthAnswer], features: Any, 
     return [one.text for one in bdhs(sampler, answers, features, masking, TRIGRAMS)]
 
 
+@pytest.mark.slow
 def test_batched_completions_are_the_single_ones(vlm: Any) -> None:
     answers, features = asked(vlm)
     masking = changed(max_similarity=0.2, max_new_tokens=6, batch_size=3)  # most rows are tried several times

@@ -111,6 +111,7 @@ def test_guarded_run_resumes_exactly(action: str, content: Content, tmp_path: Pa
     assert len(counts) == 3 and len(set(counts)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bad_batch")
 def test_rollback_goes_on_past_the_bad_batch(content: Content, log_lines: list[str]) -> None:
     train(load_recipe(content, ["train.guard.action=rollback", "train.steps=4"]))
@@ -119,6 +120,7 @@ def test_rollback_goes_on_past_the_bad_batch(content: Content, log_lines: list[s
     assert line.endswith("back to checkpoint-00000002, and on with the next batch")
 
 
+@pytest.mark.slow
 def test_broken_weights_are_rolled_back_or_named(content: Content, tmp_path: Path) -> None:
     """Every update breaks the weights, so the run gives up; only the start was saved."""
     with pytest.raises(FloatingPointError, match="not finite"):

@@ -15,6 +15,7 @@ from tests.helpers import Folders, data_files, first_fast
 from tests.helpers.runs import EPOCH, assert_close, pictures, responses, trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
     first_fast(
@@ -110,6 +111,7 @@ def edit(file: Path, **changed: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "kinds"),
     first_fast(

@@ -176,6 +176,7 @@ def pixels(images: list[Image.Image]) -> np.ndarray[Any, Any]:
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
+@pytest.mark.slow
 def test_predict_is_the_velocity_that_the_pipeline_steps_along(name: str, path: Path, family: TextToImage) -> None:
     """From x at sigma to x' at sigma' the pipeline goes x' - x = (sigma' - sigma) v; its network is shown both prompts
     at once, with the embeddings that it made of the text, its ids, its packing, and its own sign.
@@ -194,6 +195,7 @@ def test_predict_is_the_velocity_that_the_pipeline_steps_along(name: str, path: 
     torch.testing.assert_close(actual, v, rtol=1e-3, atol=1e-4)  # rounding of two latents, over 0.3
 
 
+@pytest.mark.slow
 def test_samples_equal_the_pipelines_own(name: str, path: Path, family: TextToImage) -> None:
     expected, _ = by_hand(own(name, path), 3, **GUIDED[name])
     sampling = SamplingConfig(steps=3, guidance=3.0, resolution=str(SIZE))
@@ -202,6 +204,7 @@ def test_samples_equal_the_pipelines_own(name: str, path: Path, family: TextToIm
     assert pixels(actual).std() > 5
 
 
+@pytest.mark.slow
 def test_a_sample_is_its_own_whatever_its_company(family: TextToImage) -> None:
     sampling = SamplingConfig(steps=2, guidance=2.0, resolution=str(SIZE))
     both = family.sample(family.network, PROMPTS, SEEDS, sampling, **shown(family))
@@ -232,6 +235,7 @@ def standardised(name: str, pipeline: Any, images: Tensor) -> tuple[Tensor, Tens
     return (raw.mean - 0.06) * 1.5, raw.std * 1.5
 
 
+@pytest.mark.slow
 def test_latents_are_in_the_denoiser_s_scale_and_back(name: str, family: TextToImage) -> None:
     pipeline = family.pipeline
     images = torch.rand(2, 3, SIZE.height, SIZE.width, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -247,6 +251,7 @@ def test_latents_are_in_the_denoiser_s_scale_and_back(name: str, family: TextToI
     torch.testing.assert_close(family.decode(moments.mean), decoded, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_row_prediction_depends_on_its_prompt_not_on_batch(family: TextToImage) -> None:
     x_t, t, cond = given(family)
     with torch.no_grad():
@@ -260,6 +265,7 @@ def test_row_prediction_depends_on_its_prompt_not_on_batch(family: TextToImage) 
     assert not torch.allclose(swapped, both, atol=1e-3) and not torch.allclose(later, both, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_prompt_encoding_is_independent_of_the_batch(family: TextToImage) -> None:
     if family.editing is None:
         both, empty = family.encode_prompts(PROMPTS), family.unconditional()
@@ -308,6 +314,7 @@ def test_latents_are_packed_as_diffusers_packs_them() -> None:
     assert torch.equal(flow_matching.unpack(packed, 6, 8), latents)
 
 
+@pytest.mark.slow
 def test_long_prompts_are_counted_and_cut(name: str, family: TextToImage) -> None:
     assert family.count_truncated(["fox", "fox " * 400, "x " * 2000]) == 2
     long, short = text(family, ["x " * 2000]), text(family, ["fox"])
@@ -335,6 +342,7 @@ def with_adapters(family: TextToImage, by: float = 0.3) -> TextToImage:
     return family
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loading", [CPU, HALF], ids=["float32", "bfloat16"])
 def test_adapters_off_are_the_base_bit_for_bit(path: Path, loading: Loading) -> None:
     family = load_family(str(path), loading)
@@ -388,6 +396,7 @@ def test_what_is_saved_diffusers_loads_and_draws_alike(
         torch.testing.assert_close(base.predict(net, *x), family.predict(family.network, *x))
 
 
+@pytest.mark.slow
 def test_recomputed_activations_give_the_same_gradient(family: TextToImage) -> None:
     with_adapters(family)
     x = given(family)
@@ -404,6 +413,7 @@ def test_recomputed_activations_give_the_same_gradient(family: TextToImage) -> N
     assert kept.norm() > 0
 
 
+@pytest.mark.slow
 def test_half_precision(path: Path) -> None:
     family = load_family(str(path), HALF)
     net = family.network
@@ -438,6 +448,7 @@ def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name:
         assert tokens == 4096 and schedule.shift == pytest.approx(3.1582, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_times_equal_the_pipelines_at_each_size(name: str, path: Path) -> None:
     """The pipeline itself generates images of that size; its scheduler then holds its shift and its times."""
     steps, pipeline = 5, own(name, path)
@@ -469,6 +480,7 @@ def test_published_flow_times_by_hand() -> None:
     assert times[-3:].tolist() == pytest.approx([0.278, 0.0089, 0], abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
 def test_a_sampler_of_diffusion_is_refused(family: TextToImage, sampler: str) -> None:
     own = type(family.pipeline.scheduler).__name__

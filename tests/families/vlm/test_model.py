@@ -46,6 +46,7 @@ def logps(family: VisionLanguage, responses: Sequence[TokenizedResponse], net: A
     return family.token_logps(net or family.network, tokens, family.encode_images(views))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "images"), first_fast(TRIED, 4))
 def test_a_prompt_s_tokens_are_the_processor_s_own(name: str, images: tuple[str, ...], vlm_folders: Folders) -> None:
     """Also of several images, although each is processed alone."""
@@ -127,6 +128,7 @@ def own_logps(family: Any, images: Sequence[str], answer: str) -> Tensor:
     return logits.log_softmax(-1)[at - 1, torch.tensor(row.response)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "images"), first_fast(TRIED, 4))
 def test_scores_are_those_of_the_model_s_own_forward_pass(
     name: str, images: tuple[str, ...], vlm_folders: Folders
@@ -260,6 +262,7 @@ def test_recomputed_activations_give_the_same_gradients(vlm: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_saved_model_loads_in_its_library_and_scores_alike(vlm: Any, tune: str, tmp_path: Path) -> None:
     responses = rows(vlm)

@@ -54,6 +54,7 @@ def gradients(family: Any) -> dict[str, Tensor]:
     return {name: p.grad for name, p in family.network.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(FAMILIES, 2))
 def test_gradients_reach_tower_and_projector(name: str, vlm_folders: Folders) -> None:
     base, family = load_vlm(vlm_folders(name)), changed(adapted(vlm_folders(name), ALL))

@@ -55,6 +55,7 @@ def test_worked_step() -> None:
     assert float(laws[0].kl(laws[1])) == pytest.approx(VALUES["grpo gaussian kl (mean unit)"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"guard": True, "published_kl": True}], ids=["plain", "guarded"])
 def test_two_updates(family: TextToImage, options: dict[str, Any]) -> None:
     """Every family: finite numbers, a gradient in both updates, and a divergence once the policy has moved."""

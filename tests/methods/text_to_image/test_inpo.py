@@ -42,6 +42,7 @@ def contrast(policy: Policy, batch: EncodedPairs, cfg: inpo.Config, rng: KeyedRN
     return result
 
 
+@pytest.mark.slow
 def test_fresh_noise_alone_is_diffusion_dpo(family: TextToImage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same loss and gradient, to the rounding of the implied noise, which divides by the noise's level."""
     policy, batch = full(family, moved=0.02), pairs(family)

@@ -60,6 +60,7 @@ def gaps(policy: Policy, batch: EncodedPairs) -> dict[tuple[int, int], Tensor]:
     return results
 
 
+@pytest.mark.slow
 def test_each_comparison_is_a_diffusion_dpo_worked_out_by_hand(family: TextToImage) -> None:
     """x1 under y1 against y2, x2 under y2 against y1; under y1 x1 against x2, under y2 x2 against x1."""
     policy, batch = full(family, moved=0.02), pairs(family)

@@ -40,6 +40,7 @@ def made(name: str, policy: Policy, batch: Any, cfg: Any) -> list[Any]:
         return methods.find(name).contrasts(policy, batch, cfg, DRAWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_updates_of_one_generation(family: TextToImage, name: str) -> None:
     """Every family: all numbers are finite, both updates have a gradient, and the first moves what the second reads."""
@@ -56,6 +57,7 @@ def test_two_updates_of_one_generation(family: TextToImage, name: str) -> None:
             p.data.sub_(1e-3 * p.grad.sign() if p.grad is not None else 0.0)
 
 
+@pytest.mark.slow
 def test_on_policy_gradient_is_the_advantage_s(family: TextToImage) -> None:
     """Before the first update nft and awm have the gradient of the mean of share times error."""
     policy, options = full(family), {"kl": 0.0, "advantages": {"scale": "group", "clip": 2.0}}
@@ -108,6 +110,7 @@ def moved(policy: Policy) -> None:
             p.mul_(1.02)
 
 
+@pytest.mark.slow
 def test_weighted_nft_is_the_published_loss(family: TextToImage) -> None:
     """Worked out by the predictions of x_0 of epsilon, v and flow networks, from the generated images themselves.
 

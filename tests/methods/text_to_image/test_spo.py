@@ -203,6 +203,7 @@ def test_padding_makes_no_contrast_pair(sd: TextToImage) -> None:
     assert sum(float(c.weights.sum()) for c in contrasts) == 8 and contrasts[0].summary["sure"].tolist() == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tune", ["full", "lora"])
 @pytest.mark.parametrize("inner_steps", [0, 1])
 def test_policy_at_reference_has_ln_2_and_gradient(family: TextToImage, tune: str, inner_steps: int) -> None:

@@ -234,6 +234,7 @@ def test_a_batch_is_learned_from_in_parts_and_passes(method: Any, llava: VisionL
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STANDING_VLMS)
 def test_two_updates_on_every_family(name: str, vlm_folders: Folders, questions: Path) -> None:
     """Every method learns from the same family, one after another; all numbers are finite and the weights move."""

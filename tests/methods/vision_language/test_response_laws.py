@@ -49,6 +49,7 @@ def test_the_defaults_are_the_paper_s_or_the_release_s(method: Any) -> None:
     assert {name: getattr(cfg, name) for name in DEFAULTS[method]} == DEFAULTS[method]
 
 
+@pytest.mark.slow
 @EVERY
 def test_policy_at_reference_has_ln_2_per_term_and_gradient(vlm: VisionLanguage, method: Any) -> None:
     policy = adapted(vlm)
@@ -63,6 +64,7 @@ def test_policy_at_reference_has_ln_2_per_term_and_gradient(vlm: VisionLanguage,
     assert gradient(policy, step).norm() > 1e-3
 
 
+@pytest.mark.slow
 @EVERY
 def test_a_row_s_numbers_are_its_own_whatever_its_company(vlm: VisionLanguage, method: Any) -> None:
     """Alone or beside longer ones: padding does not leak, and noise and crop are the row's. Rounding alone differs."""

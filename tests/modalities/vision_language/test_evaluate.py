@@ -74,6 +74,7 @@ def lines(file: Path) -> list[Content]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_evaluate_the_bundled_world(content: Content, folder: Path, log_lines: list[str]) -> None:
     result = evaluate_module.evaluate(of(content, CROWDS))
     assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(result.result))
@@ -95,6 +96,7 @@ def test_evaluate_the_bundled_world(content: Content, folder: Path, log_lines: l
     assert {file.stem for file in (folder / "before").iterdir()} == {"descriptions", "random", "popular", "adversarial"}
 
 
+@pytest.mark.slow
 def test_gallery_shows_the_answers_of_the_evaluation(content: Content, folder: Path) -> None:
     recipe = load_recipe({**content, "evaluate": CROWDS, "gallery": {"images": 5, "title": "tiny"}})
     page = gallery.gallery(recipe)
