@@ -104,7 +104,7 @@ def test_confidence_is_the_logistic_function_of_the_difference(judged: Recipe) -
 
 
 def test_another_judge_ranks_the_same_answers(judged: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no answer gives a pair, the answers stay, and the next run generates none."""
+    """A run without any pair keeps its answers, so the next one generates none."""
     message = refused(judged("equal"))
     assert message.startswith("prepare: none of 3 prompts of ") and "gave all answers the same score" in message
     assert (tmp_path / "made.jsonl.unfinished" / "rows.jsonl").is_file()
