@@ -23,7 +23,7 @@ from mmalign.families.compile import compile_blocks
 from mmalign.families.types import LoraSettings
 from mmalign.modalities import loading, modality_of
 from mmalign.modalities.loading import F
-from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference, sharding
+from mmalign.policy import AdaptersOff, FrozenCopy, Policy, Reference, sharding, trained_outside_adapters
 from mmalign.resources import resolve_model
 from mmalign.training import checkpoint, loop
 from mmalign.training.export import RUN_INFO, export
@@ -335,8 +335,9 @@ def build_policy(
 ) -> Policy[F]:
     """Return the policy to train, with its reference.
 
-    With LoRA the reference is the network with its adapters off; with full fine-tuning it is a frozen copy. There is no
-    reference if the method needs none, unless `with_reference`, and no copy if its scores are `reference_cached`.
+    With LoRA the reference is the network with its adapters off; with full fine-tuning, or heads beside the adapters,
+    it is a frozen copy. There is no reference if the method needs none, unless `with_reference`, and no copy of a fully
+    trained network if its scores are `reference_cached`.
     """
     model, options, needs = recipe.model, recipe.train, methods.requirements_of(recipe.method)
     needed = with_reference or needs.reference
@@ -350,7 +351,8 @@ def build_policy(
             family.add_lora(
                 LoraSettings(lora.rank, lora.scaled_alpha, targets, options.seed, dropout=lora.dropout, dora=lora.dora)
             )
-        reference = AdaptersOff() if needed else None
+        beside = trained_outside_adapters(family.network)
+        reference = (FrozenCopy(family.frozen_copy()) if beside else AdaptersOff()) if needed else None
     else:
         if options.sharding != "none":  # a device need not hold the whole policy and the whole reference
             sharding.move_to_host(family.network, family.shard_plan(family.network))

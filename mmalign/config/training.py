@@ -165,8 +165,6 @@ class ImageJudgeModel(Model):
             raise ValueError(
                 "head: linear trains the last layers of pretrained towers; leave out head, or tune and weights"
             )
-        if self.attributes and self.tune == "lora":
-            raise ValueError("attributes: their heads train beside whole weights; use tune: full or head: linear")
         for name, (low, high) in self.attributes.items():
             if not low < high:
                 raise ValueError(

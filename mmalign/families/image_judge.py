@@ -100,7 +100,11 @@ class ClipScorer(nn.Module):
         vision, text = self._towers
         last = text.text_projection
         layers = [vision.proj, *(last.parameters() if isinstance(last, nn.Linear) else [last]), self.clip.logit_scale]
-        return layers if self.attributes is None else [*layers, *self.attributes.parameters()]
+        return [*layers, *self.beside()]
+
+    def beside(self) -> list[nn.Parameter]:
+        """Return the weights beside the CLIP: those of the attributes' heads."""
+        return [] if self.attributes is None else list(self.attributes.parameters())
 
     def add_adapter(self, config: LoraConfig) -> None:
         """Add adapters, as networks of diffusers and transformers do."""
@@ -163,6 +167,7 @@ class ImageJudge:
         return sorted({end for _, _, end in called})
 
     def add_lora(self, settings: LoraSettings) -> None:
+        """Add adapters to both towers; heads are trained beside them."""
         unknown = [name for name in settings.targets if name.rpartition(".")[2] not in self.linear_layers]
         if unknown:
             raise ValueError(
@@ -170,6 +175,8 @@ class ImageJudge:
                 f"as {', '.join(self.linear_layers)}"
             )
         lora.add_lora(self.network, settings)
+        for parameter in self.network.beside():
+            parameter.requires_grad_(True)
 
     def continue_adapter(self, path: str) -> None:
         """Refuse adapters.

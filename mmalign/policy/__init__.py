@@ -71,7 +71,7 @@ class Policy(Generic[F]):
     old: LaggingCopy | None = None
 
     def __post_init__(self) -> None:
-        outside = _trained_outside_adapters(self.unwrapped) if isinstance(self.reference, AdaptersOff) else []
+        outside = trained_outside_adapters(self.unwrapped) if isinstance(self.reference, AdaptersOff) else []
         if outside:
             raise ValueError(
                 f"reference: {outside[0]} and {len(outside) - 1} more weights outside the adapters are trained, so the "
@@ -176,8 +176,8 @@ def _adapter_layers(net: nn.Module) -> Iterator[BaseTunerLayer]:
     return (module for module in net.modules() if isinstance(module, BaseTunerLayer))
 
 
-def _trained_outside_adapters(net: nn.Module) -> list[str]:
-    """Return the names of trained parameters outside adapters."""
+def trained_outside_adapters(net: nn.Module) -> list[str]:
+    """Return the names of trained parameters outside adapters, which stay on without them."""
     inside = {
         id(parameter)
         for layer in _adapter_layers(net)

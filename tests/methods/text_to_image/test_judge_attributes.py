@@ -10,6 +10,7 @@ from torch import Tensor
 from mmalign.data.loaders.batches import JudgedImages
 from mmalign.families import image_judge
 from mmalign.families.image_judge import ImageJudge
+from mmalign.families.types import LoraSettings
 from mmalign.methods.text_to_image import bradley_terry
 from mmalign.methods.text_to_image.bradley_terry import Config
 from mmalign.policy import Policy
@@ -22,9 +23,12 @@ SCALES = {"colour": (0.0, 4.0), "count": (1.0, 2.0)}
 SEEDS = [1, 2, 3, 4, 5, 6]
 
 
-def judge(folder: Path, *, head_only: bool = False) -> Policy[ImageJudge]:
-    family = image_judge.load(str(folder), CPU, attributes=SCALES, head_only=head_only)
-    family.unfreeze()
+def judge(folder: Path, trained: str = "all") -> Policy[ImageJudge]:
+    family = image_judge.load(str(folder), CPU, attributes=SCALES, head_only=trained == "head")
+    if trained == "adapters":
+        family.add_lora(LoraSettings(rank=2, alpha=4.0, targets=family.default_lora_targets, seed=0))
+    else:
+        family.unfreeze()
     return Policy(family, family.network, family.network, None)
 
 
@@ -55,11 +59,12 @@ def test_without_weight_it_is_the_judge_without_heads(tiny_clip: Path) -> None:
     assert torch.equal(run(bradley_terry, policy, batch, Config(attribute_weight=0)).losses, alone.losses)
 
 
-@pytest.mark.parametrize("head_only", [False, True])
-def test_a_trained_judge_is_a_judge_of_each_attribute(head_only: bool, tiny_clip: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trained", ["all", "head", "adapters"])
+def test_a_trained_judge_is_a_judge_of_each_attribute(trained: str, tiny_clip: Path, tmp_path: Path) -> None:
     """Two updates lower the error, and the saved judge predicts as the one in memory."""
-    policy = judge(tiny_clip, head_only=head_only)
+    policy = judge(tiny_clip, trained)
     family = policy.family
+    assert all(parameter.requires_grad for parameter in family.network.attributes.parameters())
     batch = rated(family, torch.tensor([[[4.0, 1.0], [0.0, 2.0]]] * 3))
     optimizer, losses = torch.optim.Adam(policy.trainable(), lr=1e-3), list[float]()
     for _ in range(3):
