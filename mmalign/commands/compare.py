@@ -97,16 +97,7 @@ def compare(
         for run_recipe in stage.runs:
             _check_trained_by(run_recipe)
 
-    # Train and evaluate, shorter runs first
-    for number, (name, seed) in enumerate(itertools.product(recipes, range(seeds)), start=1):
-        shorter: Recipe | None = None
-        for stage in (stage for stage in plan if stage.name == name):
-            run_recipe = stage.runs[seed]
-            logger.info(
-                f"{name}, seed {seed}, {_num_pairs(run_recipe):,} pairs: run {number} of {len(recipes) * seeds}"
-            )
-            _finish(run_recipe, shorter)
-            shorter = run_recipe
+    _finish_all(plan, list(recipes), seeds)
 
     # Table, curve and images
     rows = _rows(plan, [None, *sorted(set(pairs))])
@@ -117,6 +108,17 @@ def compare(
         _write(file, rows, plan, command)
         logger.info(f"table: {file}")
     return rows
+
+
+def _finish_all(plan: Sequence[Stage], names: Sequence[str], seeds: int) -> None:
+    """Train and evaluate all runs, the shorter ones of each seed first."""
+    for number, (name, seed) in enumerate(itertools.product(names, range(seeds)), start=1):
+        shorter: Recipe | None = None
+        for stage in (stage for stage in plan if stage.name == name):
+            recipe = stage.runs[seed]
+            logger.info(f"{name}, seed {seed}, {_num_pairs(recipe):,} pairs: run {number} of {len(names) * seeds}")
+            _finish(recipe, shorter)
+            shorter = recipe
 
 
 def _load(sources: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]:

@@ -95,13 +95,7 @@ def init(
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists already; name another file with --output, or give --overwrite")
     given: Any = override({}, overrides)
-    layout = given.get("model", {}).get("config")  # of a single file
-    if layout is None and Path(model).is_file():
-        raise ValueError(
-            f"model: {model} is a single file; add model.config=MODEL with a pipeline of the same layout, such as "
-            "model.config=stabilityai/stable-diffusion-xl-base-1.0"
-        )
-    folder = resolve_model(layout or model)
+    folder = _configuration(model, given.get("model", {}).get("config"))
     modality, kind = loading.recognize(folder)
     several, thumbs = images.layouts(EDITORS[kind].sources) if kind in EDITORS else LAYOUTS[modality]
     of_thumbs = method is not None and learns_from_thumbs(method)
@@ -131,6 +125,20 @@ def init(
     _fit_memory(draft, overrides, memory_of_card(memory))
     _write(draft, override(draft.tree, overrides), kind, settings, output)
     return output
+
+
+def _configuration(model: str, config: str | None) -> str:
+    """Return the folder of the model's configuration; `config` names that of a single file.
+
+    Raises:
+        ValueError: the model is a single file, and nothing names its configuration.
+    """
+    if config is None and Path(model).is_file():
+        raise ValueError(
+            f"model: {model} is a single file; add model.config=MODEL with a pipeline of the same layout, such as "
+            "model.config=stabilityai/stable-diffusion-xl-base-1.0"
+        )
+    return resolve_model(config or model)
 
 
 def _write(draft: _Draft, tree: dict[str, Any], kind: str, settings: Settings, output: Path) -> None:

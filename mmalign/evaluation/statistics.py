@@ -189,15 +189,9 @@ def cluster_jackknife(
     runs = np.asarray(counts, dtype=np.float64)
     if runs.ndim != 3 or not np.isfinite(runs).all():
         raise ValueError(f"jackknife: counts of shape {list(runs.shape)}; expected finite numbers [runs, rows, counts]")
-    num_runs, num_rows, num_counts = runs.shape
+    num_runs, num_rows, _ = runs.shape
     labels, num_groups = _number_groups("jackknife", groups, num_rows)
-    # Measures [M, R], and their deviations without each group [M, R, G]
-    group_sums = np.zeros((num_groups, num_runs, num_counts))
-    np.add.at(group_sums, labels, runs.swapaxes(0, 1))
-    group_sums = group_sums.swapaxes(0, 1)
-    sums = runs.sum(1)
-    by_run = measures(sums)
-    deviations = measures(sums[:, None] - group_sums) - by_run[..., None]
+    by_run, deviations = _leave_groups_out(runs, measures, labels, num_groups)
     # Variances over rows and over runs [M]
     scale, pairs_of_runs = (num_groups - 1) / num_groups, max(1, num_runs * (num_runs - 1))
     means, row_deviations = by_run.mean(1), deviations.mean(1)
@@ -216,6 +210,17 @@ def cluster_jackknife(
         df = _rate_df(groups_moved) if ends == RATE else num_groups - 1
         intervals.append(_interval(mean, Spread(rows, df, seeds, num_runs - 1), ends))
     return intervals
+
+
+def _leave_groups_out(
+    runs: Values, measures: Measures, labels: NDArray[np.intp], num_groups: int
+) -> tuple[Values, Values]:
+    """Return the measures [M, R] of all rows, and their deviations without each group [M, R, G]."""
+    group_sums = np.zeros((num_groups, runs.shape[0], runs.shape[2]))
+    np.add.at(group_sums, labels, runs.swapaxes(0, 1))
+    sums = runs.sum(1)
+    by_run = measures(sums)
+    return by_run, measures(sums[:, None] - group_sums.swapaxes(0, 1)) - by_run[..., None]
 
 
 def paired(measures: Measures) -> Measures:

@@ -120,8 +120,8 @@ def write_page(
         CheckpointError: a file cannot be written; its old content stays.
     """
     _check(entries, summary)
-    texts = {"title": title, "score": score_name, "summary": summary, "provenance": provenance}
-    if (reason := broken_text(texts)) is not None:
+    about = {"title": title, "score": score_name, "provenance": dict(provenance), "summary": list(map(list, summary))}
+    if (reason := broken_text(about)) is not None:
         raise ValueError(f"gallery: {reason}")
     measured = measured or [entry.scores for entry in entries]
     counts, shares = tally(measured), _tally_benchmarks(measured, benchmarks)
@@ -141,15 +141,7 @@ def write_page(
         provenance=provenance,
     )
     _write(folder / "index.html", page.encode())
-    manifest = {
-        "title": title,
-        "score": score_name,
-        "provenance": dict(provenance),
-        "summary": [list(row) for row in summary],
-        "counts": counts,
-        "picture": {"lines": lines, "entries": chosen},
-        "entries": records,
-    }
+    manifest = {**about, "counts": counts, "picture": {"lines": lines, "entries": chosen}, "entries": records}
     _write(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False).encode())
     return folder / "index.html"
 

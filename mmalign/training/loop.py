@@ -103,12 +103,11 @@ def train(
         gradient_accumulation_steps: contrasts per update.
         seed: seed of all random numbers.
         progress: position to start from, with nothing pending; changed in place.
-        after_update: callback with the progress and the update's metrics; a checkpoint that it writes resumes exactly
-            if nothing is pending.
+        after_update: callback with the progress and the update's metrics; if nothing is pending, a checkpoint that it
+            writes resumes exactly.
 
     Raises:
-        BadUpdateError: an update is bad and the guard does not skip it; the error names the batch, and no weight has
-            changed.
+        BadUpdateError: an update is bad and the guard does not skip it; no weight has changed.
         ValueError: an epoch, or `MAX_EMPTY_BATCHES` batches in a row, had nothing to learn from.
     """
     assert not progress.pending, "pending contrasts cannot be recomputed"
@@ -119,23 +118,20 @@ def train(
         first = progress.batch
         for batch in batches(progress.epoch, first):
             # Contrasts of the batch, then a backward pass for each and an update for each full window
-            rng = KeyedRNG(seed, progress.epoch)
-            begun = clock()
+            rng, begun = KeyedRNG(seed, progress.epoch), clock()
             contrasts = make_contrasts(method, policy, batch, config, rng)
             progress.contrast_seconds += clock() - begun
             progress.batch, before = progress.batch + 1, progress.step
+            location = BatchLocation(progress.epoch, progress.batch, batch.rows)
             for number, contrast in enumerate(contrasts, start=1):
                 last, progress.pending = window.count + 1 == gradient_accumulation_steps, len(contrasts) - number
                 rng.seed_globally(batch.rows, "dropout", number)  # of adapters; all else is keyed by row
                 with window.sync_context(last):
-                    window.add(
-                        method.loss(policy, contrast, config), BatchLocation(progress.epoch, progress.batch, batch.rows)
-                    )
+                    window.add(method.loss(policy, contrast, config), location)
                 metrics = window.guarded_update(progress.step) if last else None
                 if metrics is not None:
                     remember(method, config, policy, metrics)
-                    progress.step += 1
-                    progress.seconds += clock() - since
+                    progress.step, progress.seconds = progress.step + 1, progress.seconds + clock() - since
                     after_update(progress, metrics)
                     if progress.step == steps:
                         return progress

@@ -133,11 +133,15 @@ def open_pairs(
     indexed = ImageRows(rows, layout, ImageReader(images), group_by, learning, label, attributes, ties=ties)
     skipped, tied = indexed.index(limit, prompt_pairs is not None)
     pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied, taken, unread)
-    expected = "with an image and a label" if layout.name == THUMBS.name else "in which one image is preferred"
-    if prompt_pairs is not None:
-        expected = f"with a prompt for the rejected image, rejected_caption or rejected_prompt: {prompt_pairs}"
-    pairs.require(expected)
+    pairs.require(_expected(layout, prompt_pairs))
     return pairs[:limit] if limit is not None else pairs
+
+
+def _expected(layout: Layout[Parsed], prompt_pairs: str | None) -> str:
+    """Return what every row needs, in words."""
+    if prompt_pairs is not None:
+        return f"with a prompt for the rejected image, rejected_caption or rejected_prompt: {prompt_pairs}"
+    return "with an image and a label" if layout.name == THUMBS.name else "in which one image is preferred"
 
 
 EDITS = with_source(RANKINGS)

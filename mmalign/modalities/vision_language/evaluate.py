@@ -114,13 +114,9 @@ def compare_answers(
         best = _choose(benchmark, candidates, numbers, judges.choose)
     metrics = _measure_sides(benchmark, by_side | {_best(n): best[n] for n in numbers}, judges.measure, folder)
     comparisons = compare_all(metrics["before"], metrics["after"])
-    content = {
-        "of": identity,
-        "score": benchmark.score_name,
-        "table": _headline_table(comparisons),
-        "samples": _samples(benchmark, by_side),
-    }
-    (folder / "samples.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    about = {"of": identity, "score": benchmark.score_name, "table": _headline_table(comparisons)}
+    samples = {**about, "samples": _samples(benchmark, by_side)}
+    (folder / "samples.json").write_text(json.dumps(samples, indent=1), encoding="utf-8")
     result = {
         "benchmark": section.benchmark,
         "model": recipe.model.path,
