@@ -1,8 +1,5 @@
 """Flow-matching families on tiny random models of the real classes, against diffusers' own pipelines."""
 
-import copy
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,90 +8,36 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxKontextPipeline,
     FluxPipeline,
-    QwenImageEditPlusPipeline,
 )
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as qwen_image_edit
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as qwen_image_edit_plus
-from PIL import Image
 from torch import Tensor
 
-from mmalign.config import ImageSize, SamplingConfig
-from mmalign.diffusion.flow import Flow
-from mmalign.diffusion.steps import grid
+from mmalign.config import SamplingConfig
 from mmalign.families.base import TextToImage
 from mmalign.families.diffusion import flow_matching
-from mmalign.families.diffusion.pipeline import to_pil
-from mmalign.families.editing import EDITORS
 from mmalign.families.loading import load_family
 from mmalign.families.types import Conditioning, Loading, LoraSettings
 from mmalign.policy import adapters_off
-from tests.helpers import Folders, first_fast, flow_models
+from tests.helpers import Folders, flow_models
+from tests.helpers.flow_pipelines import (
+    GUIDED,
+    PLAIN,
+    PROMPTS,
+    SEEDS,
+    SIZE,
+    SOURCES,
+    as_seen,
+    by_hand,
+    own,
+    pixels,
+)
 from tests.helpers.loading import CPU, load_diffusion
 
+pytestmark = pytest.mark.usefixtures("small_sources")
+
+
 HALF = Loading(torch.device("cpu"), half=torch.bfloat16, network_half=True)
-PROMPTS = ["a red fox in the long grass", "a hen"]
-SEEDS = [3, 4]
-SIZE = ImageSize(64, 32)  # Sana generates multiples of 32 alone
-# How each pipeline is told that it should guide with scale 3, in our unit, against what the family has for no prompt.
-GUIDED: dict[str, dict[str, Any]] = {
-    "sd3": {"guidance_scale": 3.0},
-    "sd3_without_t5": {"guidance_scale": 3.0},
-    "flux": {"guidance_scale": 3.0},
-    "flux_schnell": {},
-    "flux2": {"guidance_scale": 3.0},
-    "z_image": {"guidance_scale": 2.0, "negative_prompt": ["", ""]},
-    "qwen_image": {"true_cfg_scale": 3.0, "negative_prompt": [" ", " "]},
-    "sana": {"guidance_scale": 3.0, "use_resolution_binning": False},
-    "flux_kontext": {"guidance_scale": 3.0},
-    "qwen_image_edit": {"true_cfg_scale": 3.0, "negative_prompt": [" ", " "]},
-    "qwen_image_edit_plus": {"true_cfg_scale": 3.0, "negative_prompt": [" ", " "]},
-}
-# How each is told not to, or to tell its network what training tells it.
-PLAIN: dict[str, dict[str, Any]] = {
-    "sd3": {"guidance_scale": 1.0},
-    "sd3_without_t5": {"guidance_scale": 1.0},
-    "flux": {"guidance_scale": 3.5},
-    "flux_schnell": {},
-    "flux2": {"guidance_scale": 4.0},
-    "z_image": {"guidance_scale": 0.0},
-    "qwen_image": {"true_cfg_scale": 1.0},
-    "sana": {"guidance_scale": 1.0, "use_resolution_binning": False},
-    "flux_kontext": {"guidance_scale": 3.5},
-    "qwen_image_edit": {"true_cfg_scale": 1.0},
-    "qwen_image_edit_plus": {"true_cfg_scale": 1.0},
-}
-SHIFT_FIELDS = ["base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"]
 MASKED = ["z_image", "qwen_image", "sana", "qwen_image_edit", "qwen_image_edit_plus"]
-SOURCES = flow_models.sources(2, *SIZE)
-
-
-@pytest.fixture(autouse=True)
-def _sources_of_this_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let Qwen-Image-Edit's pipelines scale a source to this size, and not to a megapixel."""
-    monkeypatch.setattr(qwen_image_edit, "calculate_dimensions", lambda *_: (*SIZE, None))
-    monkeypatch.setattr(qwen_image_edit_plus, "VAE_IMAGE_SIZE", SIZE.width * SIZE.height)
-    monkeypatch.setattr(qwen_image_edit_plus, "CONDITION_IMAGE_SIZE", 4 * SIZE.width * SIZE.height)
-
-
-@pytest.fixture(params=first_fast(flow_models.BUILDERS))
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def path(name: str, flow_folders: Folders) -> Path:
-    return flow_folders(name)
-
-
-@pytest.fixture
-def family(path: Path) -> TextToImage:
-    return load_diffusion(path)
 
 
 @pytest.fixture
@@ -117,63 +60,6 @@ def text(family: TextToImage, prompts: list[str] = PROMPTS) -> Conditioning:
 def shown(family: TextToImage, rows: slice = slice(None)) -> dict[str, Tensor]:
     """Return the argument of `sample` for the sources of these rows, if the model edits."""
     return {"sources": SOURCES[rows]} if family.editing else {}
-
-
-def own(name: str, path: Path) -> Any:
-    """The pipeline as its users load it; diffusers wants to hear that a part is to be left out."""
-    left_out = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3_without_t5" else {}
-    return DiffusionPipeline.from_pretrained(path, **left_out)
-
-
-def by_hand(pipeline: Any, steps: int, **how: Any) -> tuple[list[Image.Image], list[Tensor]]:
-    """Return what the pipeline draws of the text, and its latents after each step, as it holds them."""
-    seen: list[Tensor] = []
-
-    def watch(_: Any, __: int, ___: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen.append(tensors["latents"])
-        return tensors
-
-    def drawn(rows: slice) -> list[Image.Image]:
-        given = {key: value[rows] if isinstance(value, list) else value for key, value in how.items()}
-        images: list[Image.Image] = pipeline(
-            prompt=PROMPTS[rows],
-            height=SIZE.height,
-            width=SIZE.width,
-            num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in SEEDS[rows]],
-            callback_on_step_end=watch,
-            **given,
-            **edits(pipeline, rows),
-        ).images
-        return images
-
-    if not isinstance(pipeline, QwenImageEditPlusPipeline):
-        return drawn(slice(None)), seen
-    images = [*drawn(slice(0, 1)), *drawn(slice(1, 2))]  # this pipeline takes one prompt
-    return images, [torch.cat(pair) for pair in zip(seen[:steps], seen[steps:], strict=True)]
-
-
-def edits(pipeline: Any, rows: slice = slice(None)) -> dict[str, Any]:
-    """Return the arguments of a pipeline for the sources of these rows, if it edits."""
-    if type(pipeline).__name__ not in EDITORS:
-        return {}
-    unscaled = {"max_area": SIZE.width * SIZE.height, "_auto_resize": False}
-    return {"image": to_pil(SOURCES[rows]), **(unscaled if isinstance(pipeline, FluxKontextPipeline) else {})}
-
-
-def as_seen(latents: Tensor, shape: torch.Size) -> Tensor:
-    """A pipeline's latents as methods see them, by the packing that diffusers' FLUX pipelines have."""
-    if latents.dim() == 4:
-        return latents
-    number, channels, height, width = shape
-    if latents.shape[2] == channels:  # FLUX.2: a token is a pixel
-        return latents.permute(0, 2, 1).reshape(shape)
-    pixels = latents.view(number, height // 2, width // 2, channels, 2, 2)
-    return pixels.permute(0, 3, 1, 4, 2, 5).reshape(shape)
-
-
-def pixels(images: list[Image.Image]) -> np.ndarray[Any, Any]:
-    return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
 @pytest.mark.slow
@@ -427,57 +313,6 @@ def test_half_precision(path: Path) -> None:
     assert (actual - expected).norm() < 0.3 * expected.norm()
     sampling = SamplingConfig(steps=2, resolution=str(SIZE))
     assert len(family.sample(net, PROMPTS, SEEDS, sampling, **shown(family))) == 2
-
-
-def test_times_are_shifted_as_the_sampler_shifts_them(family: TextToImage, name: str) -> None:
-    schedule, config = family.schedule, family.pipeline.scheduler.config
-    assert isinstance(schedule, Flow) and (schedule.mean, schedule.std, schedule.num_timesteps) == (0.0, 1.0, 1000)
-    if not config.get("use_dynamic_shifting"):
-        assert schedule.shift == (1.0 if name == "flux_schnell" else 3.0)
-        return
-    # 64 x 64 tokens, at these models' own resolution as at FLUX.1's, whose shift there is e^1.15.
-    tokens = (family.resolution // 4) ** 2
-    sizes = config.base_image_seq_len, config.max_image_seq_len
-    mu = calculate_shift(tokens, *sizes, config.base_shift, config.max_shift)
-    if name == "flux2":
-        mu = compute_empirical_mu(tokens, 50)  # the pipeline's own, at its default number of steps
-    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    expected = family.pipeline.scheduler.time_shift(mu, 1.0, t)
-    torch.testing.assert_close(schedule.shift * t / (1 + (schedule.shift - 1) * t), expected)
-    if name in ("flux", "flux_kontext"):
-        assert tokens == 4096 and schedule.shift == pytest.approx(3.1582, abs=1e-4)
-
-
-@pytest.mark.slow
-def test_times_equal_the_pipelines_at_each_size(name: str, path: Path) -> None:
-    """The pipeline itself generates images of that size; its scheduler then holds its shift and its times."""
-    steps, pipeline = 5, own(name, path)
-    guided = copy.deepcopy(PLAIN[name])
-    size = {"height": SIZE.height, "width": SIZE.width}
-    given = {**size, **guided, **edits(pipeline, slice(0, 1))}
-    pipeline(prompt=["fox"], num_inference_steps=steps, output_type="latent", **given)
-    expected = pipeline.scheduler.sigmas.clone()
-    expected[0] = 1
-    schedule = load_family(str(path), replace(CPU, size=SIZE)).schedule
-    assert torch.equal(grid(schedule, steps), expected)
-    if name.startswith(("flux", "qwen_image")) and name != "flux_schnell":
-        shifts = pipeline.scheduler.config
-        tokens = SIZE.width // 4 * (SIZE.height // 4)
-        mu = (
-            compute_empirical_mu(tokens, 50)
-            if name == "flux2"
-            else calculate_shift(tokens, *(shifts[key] for key in SHIFT_FIELDS))
-        )
-        assert isinstance(schedule, Flow) and schedule.shift == pytest.approx(math.exp(mu))
-
-
-def test_published_flow_times_by_hand() -> None:
-    """The values of the published schedulers, computed by hand."""
-    flux, sd3 = flow_models.DYNAMIC, FlowMatchEulerDiscreteScheduler(shift=3.0)
-    mu = [flow_matching.linear_mu(flux.config, (side // 16) ** 2, 20) for side in (512, 1024)]
-    assert [math.exp(x) for x in mu] == pytest.approx([1.878, 3.158], abs=1e-3)
-    times = flow_matching.scheduler_times(sd3, lambda _: 0.0, False, 10)
-    assert times[-3:].tolist() == pytest.approx([0.278, 0.0089, 0], abs=1e-3)
 
 
 @pytest.mark.slow

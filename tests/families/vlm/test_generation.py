@@ -1,16 +1,13 @@
 """Answers: the model's own forward pass says what they must be, alone and in any company, with images and without."""
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mmalign.config import DecodingConfig
@@ -19,68 +16,14 @@ from mmalign.families.vlm.generation import _Mixed
 from mmalign.families.vlm.processor import HFProcessor
 from mmalign.families.vlm.quirks import ModelQuirks
 from mmalign.language.chat import Turn
-from mmalign.language.tokens import TokenizedResponse
 from mmalign.policy import AdaptersOff, Policy
 from mmalign.rng import KeyedRNG
 from tests.helpers import Folders, first_fast, response_batches, vlm_models, vlm_reference
 from tests.helpers.golden import golden
 from tests.helpers.loading import load_vlm
 from tests.helpers.policies import adapted
+from tests.helpers.vlm_answers import DRAWS, GREEDY, QUESTION, SAMPLED, Asked, answers, head, prompt
 from tests.helpers.vlm_reference import PICTURES
-
-EVERY = [*vlm_models.BUILDERS, *vlm_models.NEWER]
-QUESTION = "<image>What is it?"
-GREEDY, SAMPLED = DecodingConfig(max_new_tokens=8), DecodingConfig(max_new_tokens=8, temperature=0.8)
-DRAWS = KeyedRNG(seed=3)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question to a model; the key is of its sampling noise."""
-
-    images: tuple[str, ...] = ("wide",)
-    question: str = QUESTION
-    start: str = ""
-    key: int = 1
-
-
-def prompt(family: Any, asked: Asked) -> TokenizedResponse:
-    views = [(key, family.processor.preprocess_image(PICTURES[key])) for key in asked.images]
-    row: TokenizedResponse = family.processor.tokenize_prompt([Turn("user", asked.question)], views, asked.start)
-    return row
-
-
-def answers(
-    family: Any,
-    requests: Sequence[Asked],
-    decoding: DecodingConfig = GREEDY,
-    hidden: Sequence[Tensor] | None = None,
-    rng: KeyedRNG = DRAWS,
-    net: Any = None,
-    stop: Sequence[str] = (),
-) -> list[str]:
-    views = {key: family.processor.preprocess_image(PICTURES[key]) for asked in requests for key in asked.images}
-    rows, keys = [prompt(family, asked) for asked in requests], [asked.key for asked in requests]
-    results = family.generate(
-        net or family.network, rows, family.encode_images(views), decoding, rows=keys, rng=rng, hidden=hidden, stop=stop
-    )
-    return [answer.text for answer in results]
-
-
-@pytest.fixture(scope="module")
-def family_of(vlm_folders: Folders) -> Callable[[str], Any]:
-    """A model that no test may change, loaded once."""
-    return functools.cache(lambda name: load_vlm(vlm_folders(name)))
-
-
-@pytest.fixture(params=first_fast(EVERY, 2))
-def family(request: pytest.FixtureRequest, family_of: Callable[[str], Any]) -> Any:
-    return family_of(request.param)
-
-
-@pytest.fixture
-def llava(family_of: Callable[[str], Any]) -> Any:
-    return family_of("llava")
 
 
 def test_a_prompt_is_the_one_that_responses_are_scored_after(family: Any) -> None:
@@ -220,24 +163,6 @@ def test_an_answer_ends_after_the_first_of_the_stop_texts(llava: Any) -> None:
     assert answers(llava, requests, SAMPLED, stop=("never said by anyone",)) == plain
 
 
-@contextlib.contextmanager
-def head(family: Any, end: int | None = None) -> Iterator[list[Tensor]]:
-    """The logits [V] of each step, from the head itself, which from the third step on says nothing but `end`."""
-    steps = list[Tensor]()
-
-    def hook(module: Any, given: Any, logits: Tensor) -> Tensor:
-        steps.append(logits[0, -1].clone())
-        if end is not None and len(steps) > 2:
-            logits[..., end] += 1e4
-        return logits
-
-    handle = family.network.model.get_output_embeddings().register_forward_hook(hook)
-    try:
-        yield steps
-    finally:
-        handle.remove()
-
-
 def test_a_batch_ends_when_all_its_answers_have_ended(llava: Any) -> None:
     """A stop text costs no token more than it must; text in the prompt stops nothing."""
     (plain,) = answers(llava, [Asked()])
@@ -285,100 +210,6 @@ def test_a_checkpoint_s_habits_are_not_the_answer_s(vlm_folders: Folders) -> Non
     assert answers(family, [Asked()]) == plain
     assert model.generation_config is own and [part.training for part in model.modules()] == modes
     assert all(getattr(own, name) == value for name, value in habits.items())
-
-
-def logits_of(family: Any, asked: Asked, hidden: Tensor | None) -> tuple[str, Tensor]:
-    """A greedy answer with the logits [T, V] of its tokens."""
-    with head(family) as steps:
-        (answer,) = answers(family, [asked], GREEDY, None if hidden is None else [hidden])
-    return answer, torch.stack(steps)
-
-
-@pytest.fixture(params=first_fast([name for name in EVERY if name != "qwen3_5"], 2))
-def hiding(request: pytest.FixtureRequest, family_of: Callable[[str], Any]) -> Any:
-    """A model whose decoder attends to all it knows of an image."""
-    return family_of(request.param)
-
-
-def test_an_image_that_is_hidden_changes_nothing(hiding: Any) -> None:
-    """Not a bit of any logit; and one that is seen does."""
-    assert hiding.image_masking_unsupported_reason is None
-    first, second = Asked(("wide",)), Asked(("other wide",))
-    places = hiding.processor.image_token_positions(prompt(hiding, first))
-    every = torch.ones(len(places), dtype=torch.bool)
-    (text, blind), (same, alike) = (logits_of(hiding, asked, every) for asked in (first, second))
-    assert torch.equal(blind, alike) and text == same
-    (_, seeing), (_, unlike) = (logits_of(hiding, asked, None) for asked in (first, second))
-    assert (seeing[0] - unlike[0]).abs().max() > 1e-3 and (seeing[0] - blind[0]).abs().max() > 1e-3
-
-
-def test_where_nothing_is_hidden_the_answer_is_the_plain_one(hiding: Any) -> None:
-    places = hiding.processor.image_token_positions(prompt(hiding, Asked()))
-    plain, none = (logits_of(hiding, Asked(), hidden) for hidden in (None, torch.zeros(len(places), dtype=torch.bool)))
-    assert plain[0] == none[0] and torch.equal(plain[1], none[1])
-
-
-def allowed(family: Any, row: TokenizedResponse, hidden: Tensor) -> Tensor:
-    """[1, 1, L, L]: which token may attend to which, written out."""
-    length = len(row.ids)
-    places = torch.arange(length)
-    mask = places[:, None] >= places
-    if family.processor.quirks.prefix_attention:
-        mask |= (places < row.start) & (places[:, None] < row.start)
-    mask[:, torch.tensor(family.processor.image_token_positions(row))[hidden]] = False
-    return mask[None, None]
-
-
-@pytest.mark.parametrize(
-    "name", ["llava", "llava_next", "idefics3", "internvl", "paligemma", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
-)
-def test_hidden_tokens_are_not_attended_to_and_keep_their_places(name: str, family_of: Callable[[str], Any]) -> None:
-    """Against a mask written out over all pairs of tokens, with the positions of the whole prompt."""
-    family = family_of(name)
-    asked = Asked(("tall", "wide"), "<image>Hm? <image>", "There is a")
-    row, model = prompt(family, asked), family.network.model
-    hidden = torch.arange(len(family.processor.image_token_positions(row))) % 2 == 0
-    _, result = logits_of(family, asked, hidden)
-
-    encoded = family.processor.processor(
-        text=[family.processor.template.render([Turn("user", asked.question)])],
-        images=[[PICTURES[key] for key in asked.images]],
-        return_tensors="pt",
-    )
-    ids = torch.tensor([row.ids])
-    inputs = {k: v for k, v in encoded.items() if "type" not in k and k not in ("labels", "input_ids")}
-    inputs["attention_mask"] = allowed(family, row, hidden)
-    if "image_grid_thw" in inputs:
-        types = (ids == model.config.image_token_id).int()
-        inputs["position_ids"], _ = model.model.get_rope_index(
-            ids, types, image_grid_thw=inputs["image_grid_thw"], attention_mask=torch.ones_like(ids)
-        )
-    with torch.no_grad():
-        expected = model(input_ids=ids, **inputs).logits[0, -1]
-    torch.testing.assert_close(result[0], expected, rtol=1e-4, atol=1e-4)  # other kernels, other orders of sums
-
-
-def test_hidden_prompts_are_the_same_in_company_of_seeing_ones(hiding: Any) -> None:
-    """Each prompt has its own mask, wherever padding puts its image."""
-    requests = [
-        Asked(),
-        Asked((), "What is there on the blue mat near the car?", key=2),
-        Asked(start="There is", key=3),
-    ]
-    counts = [len(hiding.processor.image_token_positions(prompt(hiding, asked))) for asked in requests]
-    hidden = [torch.arange(count) % 3 > 0 for count in counts]
-    hidden[2] = torch.zeros(counts[2], dtype=torch.bool)
-    alone = [answers(hiding, [asked], SAMPLED, [mask])[0] for asked, mask in zip(requests, hidden, strict=True)]
-    assert answers(hiding, requests, SAMPLED, hidden) == alone
-
-
-def test_a_decoder_that_cannot_hide_tokens_says_so(family_of: Callable[[str], Any]) -> None:
-    family = family_of("qwen3_5")
-    message = "a qwen3_5 has linear_attention layers, which process tokens in turn into one state"
-    assert family.image_masking_unsupported_reason.startswith(message)
-    count = len(family.processor.image_token_positions(prompt(family, Asked())))
-    with pytest.raises(ValueError, match=message):
-        answers(family, [Asked()], hidden=[torch.ones(count, dtype=torch.bool)])
 
 
 def test_argmax_is_that_of_the_whole_logits(family: Any) -> None:
@@ -434,8 +265,8 @@ def test_another_network_is_mixed_in_at_every_token(vlm: Any) -> None:
         for given in (None, Mixture(policy.on_reference, 0.6))
     )
     assert [one.ids for one in alone] != [one.ids for one in mixed]
-    for prompt, said in zip(prompts, mixed, strict=True):
-        tokens = vlm.processor.collate([replace(prompt, ids=(*prompt.ids, *said.ids))])
+    for row, said in zip(prompts, mixed, strict=True):
+        tokens = vlm.processor.collate([replace(row, ids=(*row.ids, *said.ids))])
         every = torch.arange(vlm.network.model.get_output_embeddings().out_features)
         targets = every.expand(1, len(said.ids), -1)
         with torch.no_grad():
