@@ -29,20 +29,25 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["diffusers", "comfyui", "peft"])
-def test_an_adapter_is_continued_or_merged(form: str, tiny_sdxl: Path, tmp_path: Path) -> None:
-    first = adapted(load_diffusion(tiny_sdxl))
+@pytest.mark.parametrize(
+    ("name", "form"), [("sdxl", "diffusers"), ("sdxl", "comfyui"), ("sdxl", "peft"), ("sd3", "kohya")]
+)
+def test_an_adapter_is_continued_or_merged(
+    name: str, form: str, diffusion_folders: Folders, flow_folders: Folders, tmp_path: Path
+) -> None:
+    base = (flow_folders if name == "sd3" else diffusion_folders)(name)
+    first = adapted(load_diffusion(base))
     first.export(tmp_path, first.network, form, None)
-    wanted, plain = predicted(first, first.network), predicted(first, load_diffusion(tiny_sdxl).network)
+    wanted, plain = predicted(first, first.network), predicted(first, load_diffusion(base).network)
     path = next(tmp_path.glob("*.safetensors")) if form == "comfyui" else tmp_path
-    again: Any = load_diffusion(tiny_sdxl)
+    again: Any = load_diffusion(base)
     again.continue_adapter(str(path))
     torch.testing.assert_close(predicted(again, again.network), wanted, rtol=1e-4, atol=1e-5)
     with adapters_off(again.network):
         assert torch.equal(predicted(again, again.network), plain)
     trained = {name for name, p in again.network.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * len(adapter_layers(again.network)) and all(".lora_" in name for name in trained)
-    merged: Any = load_family(str(tiny_sdxl), Loading(CPU, adapter=str(path)))
+    merged: Any = load_family(str(base), Loading(CPU, adapter=str(path)))
     assert not adapter_layers(merged.network)
     torch.testing.assert_close(predicted(merged, merged.network), wanted, rtol=1e-4, atol=1e-5)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmalign.attention import denoisers
+from mmalign.families.diffusion.lora_files import load_lora
 from mmalign.families.lora import (
     ADAPTERS,
     PEFT_CONFIG,
@@ -52,7 +53,7 @@ def read_adapter(pipeline: DiffusionPipeline, part: str, net: ModelMixin, path: 
         else:
             files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
             source, name = (str(files[0].parent), files[0].name) if files else (path, None)
-            pipeline.load_lora_weights(source, weight_name=name, adapter_name=TRAINED, use_safetensors=True)
+            load_lora(pipeline, net, source, file=name, adapter=TRAINED)
     others = [name for name, x in pipeline.components.items() if name != part and getattr(x, "peft_config", None)]
     if others:
         raise ValueError(

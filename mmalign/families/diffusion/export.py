@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmalign.families.diffusion import lora_names
 from mmalign.families.diffusion.adapter import merge_adapter
+from mmalign.families.diffusion.lora_files import load_lora
 from mmalign.families.diffusion.single_file import load_single_file
 from mmalign.families.lora import (
     ADAPTERS,
@@ -125,7 +126,7 @@ def _check_lora(
     setattr(pipeline, part, net)
     problem = f"{type(pipeline).__name__} cannot read back what was written"
     with one_sentence(problem, folder, "use another form"), in_float32():
-        pipeline.load_lora_weights(folder, weight_name=file, adapter_name=LOADED)
+        load_lora(pipeline, net, str(folder), file=file, adapter=LOADED)
     compare_adapters(net, dtype)
 
 

@@ -2,10 +2,10 @@
 
 Adapters are pairs (A [R, in], B [out, R]) by diffusers' layer name, R the rank, with the scale folded into B. Each
 function returns the tensors of a file. `mmalign.families.diffusion.export` reads the file back by diffusers' own
-converters (`diffusers.loaders.lora_conversion_utils`).
+converters (`mmalign.families.diffusion.lora_files`).
 
 ComfyUI's key map (comfy/lora.py, `model_lora_keys_unet`) has UNets under `lora_unet_` with diffusers' or the original
-layer names, FLUX.2 under `lora_unet_` with the original names, and FLUX.1, SD3, Qwen-Image and Z-Image under
+layer names, FLUX.2 and SD3 under `lora_unet_` with the original names, and FLUX.1, SD3, Qwen-Image and Z-Image under
 `transformer.` with diffusers' names.
 """
 
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 Adapters = Mapping[str, tuple[Tensor, Tensor]]
 Weights = dict[str, Tensor]
+# Layers of a block: diffusers' names and the original one; several names share one fused layer, in this order.
+Block = Mapping[tuple[str, ...], str]
 
 FLUX_WIDTH = 3072
 _QKV = ("to_q", "to_k", "to_v")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
-# Layers of a block, diffusers' name: sd-scripts'; several names share one fused layer, in this order.
-_FLUX_DOUBLE: dict[tuple[str, ...], str] = {
+_FLUX_DOUBLE: Block = {
     tuple(f"attn.{name}" for name in _QKV): "img_attn_qkv",
     tuple(f"attn.{name}" for name in _ADDED): "txt_attn_qkv",
     ("attn.to_out.0",): "img_attn_proj",
@@ -40,21 +41,46 @@ _FLUX_DOUBLE: dict[tuple[str, ...], str] = {
     ("norm1.linear",): "img_mod_lin",
     ("norm1_context.linear",): "txt_mod_lin",
 }
-_FLUX_SINGLE: dict[tuple[str, ...], str] = {
+_FLUX_SINGLE: Block = {
     (*(f"attn.{name}" for name in _QKV), "proj_mlp"): "linear1",
     ("proj_out",): "linear2",
     ("norm.linear",): "modulation_lin",
 }
-_FLUX2_DOUBLE: dict[tuple[str, ...], str] = {
+_FLUX2_DOUBLE: Block = {
     **{names: name for names, name in _FLUX_DOUBLE.items() if names[0].startswith("attn.")},
     ("ff.linear_in",): "img_mlp_0",
     ("ff.linear_out",): "img_mlp_2",
     ("ff_context.linear_in",): "txt_mlp_0",
     ("ff_context.linear_out",): "txt_mlp_2",
 }
-_FLUX2_SINGLE: dict[tuple[str, ...], str] = {
+_FLUX2_SINGLE: Block = {
     ("attn.to_qkv_mlp_proj",): "linear1",
     ("attn.to_out",): "linear2",
+}
+# library/sd3_models.py of sd-scripts, in which a joint block is an MMDiTBlock
+_SD3_BLOCK: Block = {
+    tuple(f"attn.{name}" for name in _QKV): "x_block.attn.qkv",
+    tuple(f"attn2.{name}" for name in _QKV): "x_block.attn2.qkv",
+    tuple(f"attn.{name}" for name in _ADDED): "context_block.attn.qkv",
+    ("attn.to_out.0",): "x_block.attn.proj",
+    ("attn2.to_out.0",): "x_block.attn2.proj",
+    ("attn.to_add_out",): "context_block.attn.proj",
+    ("ff.net.0.proj",): "x_block.mlp.fc1",
+    ("ff.net.2",): "x_block.mlp.fc2",
+    ("ff_context.net.0.proj",): "context_block.mlp.fc1",
+    ("ff_context.net.2",): "context_block.mlp.fc2",
+    ("norm1.linear",): "x_block.adaLN_modulation.1",
+    ("norm1_context.linear",): "context_block.adaLN_modulation.1",
+}
+_SD3_OUTSIDE = {
+    "pos_embed.proj": "x_embedder.proj",
+    "context_embedder": "context_embedder",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
 }
 _RESNET = {
     "conv1": "in_layers.2",
@@ -82,12 +108,9 @@ def kohya(family: str, adapters: Adapters, net: ModelMixin) -> Weights:
         net: the denoiser, for the sizes of its blocks and layers.
 
     Raises:
-        ValueError: no installed program reads these names for the family, or a layer has no name there.
+        ValueError: sd-scripts lacks the family, or a layer has no name there.
     """
-    if family not in _KOHYA:
-        others = "comfyui, diffusers" if family in _COMFYUI else "diffusers"
-        raise ValueError(f"no installed program reads kohya's names of a {family}; use {others}, peft or merged")
-    return _KOHYA[family](adapters, net)
+    return _known(_KOHYA, family)(adapters, net)
 
 
 def comfyui(family: str, adapters: Adapters, net: ModelMixin) -> Weights:
@@ -96,9 +119,27 @@ def comfyui(family: str, adapters: Adapters, net: ModelMixin) -> Weights:
     Raises:
         ValueError: ComfyUI's key map lacks the family, or a layer has no name there.
     """
-    if family not in _COMFYUI:
-        raise ValueError(f"ComfyUI's key map has no {family}; use diffusers, peft or merged")
-    return _COMFYUI[family](adapters, net)
+    return _known(_COMFYUI, family)(adapters, net)
+
+
+def sd3_layers(net: ModelMixin) -> dict[str, list[str]]:
+    """Return diffusers' layers in each layer of the original Stable Diffusion 3, by its name."""
+    outside = {name: [layer] for layer, name in _SD3_OUTSIDE.items()}
+    return outside | _original_layers(net, ("transformer_blocks", "joint_blocks", _SD3_BLOCK))
+
+
+def underscored(layer: str) -> str:
+    """Return the name of a layer's tensors in a file of sd-scripts."""
+    return f"lora_unet_{layer}".replace(".", "_")
+
+
+def _known(names: Mapping[str, Callable[[Adapters, Any], Weights]], family: str) -> Callable[[Adapters, Any], Weights]:
+    """Return the function for a family; both programs lack the same ones."""
+    if family not in names:
+        raise ValueError(
+            f"sd-scripts and ComfyUI have no {family}, so neither loads its LoRA; use diffusers, peft or merged"
+        )
+    return names[family]
 
 
 def _down_up(layer: str, a: Tensor, b: Tensor) -> Weights:
@@ -123,7 +164,7 @@ def _original_unet(adapters: Adapters, net: ModelMixin) -> Weights:
 def _named(adapters: Adapters, name: Callable[[str], str]) -> Weights:
     weights = Weights()
     for layer, (a, b) in adapters.items():
-        weights |= _down_up(f"lora_unet_{name(layer)}".replace(".", "_"), a, b)
+        weights |= _down_up(underscored(name(layer)), a, b)
     return weights
 
 
@@ -148,27 +189,41 @@ def _original_name(layer: str, config: Any) -> str:
     return f"{prefix}.{0 if kind == 'resnets' else 1}.{_RESNET.get(rest, rest)}"
 
 
-def _flux(double: Mapping[tuple[str, ...], str], single: Mapping[tuple[str, ...], str]) -> Callable[..., Weights]:
-    """Return the function for a FLUX whose blocks have these layers."""
+def _original_layers(net: ModelMixin, *blocks: tuple[str, str, Block]) -> dict[str, list[str]]:
+    """Return diffusers' layers in each layer of the original network, by its name.
 
-    def named(adapters: Adapters, net: ModelMixin) -> Weights:
-        left, weights = dict(adapters), Weights()
-        for blocks, ours, layers in (
-            ("double", "transformer_blocks", double),
-            ("single", "single_transformer_blocks", single),
-        ):
-            for index in range(len(getattr(net, ours))):
-                for names, fused in layers.items():
-                    parts = [f"{ours}.{index}.{name}" for name in names]
-                    pairs = [left.pop(part, None) for part in parts]
-                    if any(pair is not None for pair in pairs):
-                        outs = [net.get_submodule(part).out_features for part in parts]
-                        weights |= _down_up(f"lora_unet_{blocks}_blocks_{index}_{fused}", *_fused(pairs, outs))
-        if left:
-            raise ValueError(f"the layer {next(iter(left))} has no name in sd-scripts; use diffusers")
-        return weights
+    Args:
+        net: the denoiser.
+        blocks: diffusers' name of a list of blocks, the original one, and the layers of a block.
+    """
+    known = {name for name, _ in net.named_modules()}
+    layers = {}
+    for ours, theirs, block in blocks:
+        for index in range(len(getattr(net, ours))):
+            for names, name in block.items():
+                parts = [f"{ours}.{index}.{part}" for part in names]
+                if known.issuperset(parts):
+                    layers[f"{theirs}.{index}.{name}"] = parts
+    return layers
 
-    return named
+
+def _in_layers(adapters: Adapters, net: ModelMixin, layers: Mapping[str, list[str]]) -> Weights:
+    """Return the tensors of original layers, which hold diffusers' layers."""
+    left, weights = dict(adapters), Weights()
+    for name, parts in layers.items():
+        pairs = [left.pop(part, None) for part in parts]
+        if any(pair is not None for pair in pairs):
+            outs = [net.get_submodule(part).out_features for part in parts]
+            weights |= _down_up(underscored(name), *_fused(pairs, outs))
+    if left:
+        raise ValueError(f"the layer {next(iter(left))} has no name in sd-scripts; use diffusers")
+    return weights
+
+
+def _flux(adapters: Adapters, net: ModelMixin, double: Block, single: Block) -> Weights:
+    """Return the names of a FLUX whose blocks have these layers."""
+    blocks = ("transformer_blocks", "double_blocks", double), ("single_transformer_blocks", "single_blocks", single)
+    return _in_layers(adapters, net, _original_layers(net, *blocks))
 
 
 def _fused(pairs: list[tuple[Tensor, Tensor] | None], outs: list[int]) -> tuple[Tensor, Tensor]:
@@ -203,16 +258,28 @@ def _flux1(adapters: Adapters, net: ModelMixin) -> Weights:
         raise ValueError(
             f"diffusers' reader of kohya's names knows a FLUX.1 of width {FLUX_WIDTH}, not {width}; use comfyui"
         )
-    return _flux(_FLUX_DOUBLE, _FLUX_SINGLE)(adapters, net)
+    return _flux(adapters, net, _FLUX_DOUBLE, _FLUX_SINGLE)
 
 
-_FLUX2 = _flux(_FLUX2_DOUBLE, _FLUX2_SINGLE)
+def _flux2(adapters: Adapters, net: ModelMixin) -> Weights:
+    return _flux(adapters, net, _FLUX2_DOUBLE, _FLUX2_SINGLE)
+
+
+def _sd3(adapters: Adapters, net: ModelMixin) -> Weights:
+    """Return the names of SD3, whose last two modulations have shift and scale in the other order than diffusers'."""
+    last = len(net.transformer_blocks) - 1
+    swapped = ("norm_out.linear", f"transformer_blocks.{last}.norm1_context.linear")
+    turned = {layer: (a, b.roll(len(b) // 2, 0)) for layer, (a, b) in adapters.items() if layer in swapped}
+    return _in_layers({**adapters, **turned}, net, sd3_layers(net))
+
+
 _KOHYA: dict[str, Callable[[Adapters, Any], Weights]] = {
     "StableDiffusionPipeline": _underscored,
     "StableDiffusionXLPipeline": _original_unet,
+    "StableDiffusion3Pipeline": _sd3,
     "FluxPipeline": _flux1,
     "FluxKontextPipeline": _flux1,
-    "Flux2Pipeline": _FLUX2,
+    "Flux2Pipeline": _flux2,
     "QwenImagePipeline": _underscored,
     "QwenImageEditPipeline": _underscored,
     "QwenImageEditPlusPipeline": _underscored,
@@ -224,7 +291,7 @@ _COMFYUI: dict[str, Callable[[Adapters, Any], Weights]] = {
     "StableDiffusion3Pipeline": _transformer,
     "FluxPipeline": _transformer,
     "FluxKontextPipeline": _transformer,
-    "Flux2Pipeline": _FLUX2,
+    "Flux2Pipeline": _flux2,
     "QwenImagePipeline": _transformer,
     "QwenImageEditPipeline": _transformer,
     "QwenImageEditPlusPipeline": _transformer,
