@@ -157,30 +157,41 @@ class _Canvas:
     def _lines(self, text: Text, room: int) -> list[list[Piece]]:
         key = tuple(text.pieces), text.size, text.num_lines, room
         if key not in self._known:
-            self._known[key] = self._wrap(text, room)
+            self._known[key] = wrapped(text, room, self.unit)
         return self._known[key]
 
-    def _wrap(self, text: Text, room: int) -> list[list[Piece]]:
-        """Wrap a text into lines of words and spaces; a text that is too long ends in dots."""
-        font, width, lines = ImageFont.load_default(text.size * self.unit), room * self.unit, list[list[Piece]]()
 
-        def is_too_wide(pieces: Sequence[Piece]) -> bool:
-            return font.getlength("".join(piece.text for piece in pieces)) > width
+def wrapped(text: Text, room: int, unit: int = 1) -> list[list[Piece]]:
+    """Return the lines of a text as words and spaces.
 
-        most = math.ceil((text.num_lines + 1) * room / (NARROWEST * text.size))
-        for is_space, group in itertools.groupby(_words(text.pieces, most), lambda word: word.text == " "):
-            word = list(group)
-            word = _cut(word, is_too_wide)
-            if len(lines) > text.num_lines:
-                break  # the rest is not shown
+    A word that is wider than a line continues on the next one, after an underscore if it has one there. A text that is
+    too long ends in dots.
+
+    Args:
+        text: the text.
+        room: the width of a line.
+        unit: the factor of all sizes.
+    """
+    font, width, lines = ImageFont.load_default(text.size * unit), room * unit, list[list[Piece]]()
+
+    def is_too_wide(pieces: Sequence[Piece]) -> bool:
+        return font.getlength("".join(piece.text for piece in pieces)) > width
+
+    most = math.ceil((text.num_lines + 1) * room / (NARROWEST * text.size))
+    for is_space, group in itertools.groupby(_words(text.pieces, most), lambda word: word.text == " "):
+        for word in _parts(list(group), is_too_wide):
             if not is_space and (not lines or is_too_wide([*lines[-1], *word])):
                 lines.append(word)
             elif lines:
                 lines[-1] += word[:1] if is_space else word
-        if len(lines) > text.num_lines:
-            lines = lines[: text.num_lines]
-            lines[-1][-1] = Piece("...", text.pieces[0].ink)
-        return lines
+        if len(lines) > text.num_lines:  # the rest is not shown
+            break
+    if len(lines) > text.num_lines:
+        lines = lines[: text.num_lines]
+        *before, last = lines[-1]
+        dots = Piece("...", text.pieces[0].ink)
+        lines[-1] = [*before, *([] if before else _start([last], lambda cut: is_too_wide([*cut, dots]))), dots]
+    return lines
 
 
 def _words(pieces: Sequence[Piece], most: int) -> Iterator[Piece]:
@@ -196,24 +207,36 @@ def _words(pieces: Sequence[Piece], most: int) -> Iterator[Piece]:
             break
 
 
-def _cut(word: list[Piece], is_too_wide: Callable[[Sequence[Piece]], bool]) -> list[Piece]:
+def _parts(word: list[Piece], is_too_wide: Callable[[Sequence[Piece]], bool]) -> Iterator[list[Piece]]:
+    """Yield a word, or the parts of a wide one: each fills a line, up to its last underscore if it has one."""
+    while (start := _start(word, is_too_wide)) != word:
+        text = "".join(piece.text for piece in start)
+        num_letters = text.rfind("_") + 1 or max(len(text), 1)
+        yield _first(word, num_letters)
+        word = _first(word, num_letters, rest=True)
+    yield word
+
+
+def _start(word: list[Piece], is_too_wide: Callable[[Sequence[Piece]], bool]) -> list[Piece]:
     """Return the start of a word that fits a line, by bisection; longer starts are tried only if shorter ones fit."""
-
-    def first(num_letters: int) -> list[Piece]:
-        cut = list[Piece]()
-        for piece in word:
-            cut += [piece._replace(text=piece.text[:num_letters])] if num_letters > 0 else []
-            num_letters -= len(piece.text)
-        return cut
-
     num_letters = sum(len(piece.text) for piece in word)
     most = 16
-    while most < num_letters and not is_too_wide(first(most)):
+    while most < num_letters and not is_too_wide(_first(word, most)):
         most *= 2
     if most >= num_letters and not is_too_wide(word):
         return word
     most = min(most, num_letters)
-    return first(bisect.bisect_left(range(most), True, key=lambda n: is_too_wide(first(n + 1))))
+    return _first(word, bisect.bisect_left(range(most), True, key=lambda n: is_too_wide(_first(word, n + 1))))
+
+
+def _first(word: list[Piece], num_letters: int, *, rest: bool = False) -> list[Piece]:
+    """Return the pieces of the first letters of a word, or of the rest."""
+    cut = list[Piece]()
+    for piece in word:
+        text = piece.text[max(num_letters, 0) :] if rest else piece.text[: max(num_letters, 0)]
+        cut += [piece._replace(text=text)] if text else []
+        num_letters -= len(piece.text)
+    return cut
 
 
 def _line_height(text: Text) -> int:
