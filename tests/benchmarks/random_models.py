@@ -56,15 +56,17 @@ def write(name: str, folder: Path, device: torch.device, sizes: Sizes | None = N
 
 def write_configurations(name: str, folder: Path) -> None:
     """Write a model's configurations, tokenizers and processor to a folder, without weights."""
-    with torch.device("meta"):
-        sizes = MODELS[name]
-        if "pipeline" not in sizes:
+    sizes = MODELS[name]
+    if "pipeline" not in sizes:
+        with torch.device("meta"):
             model, processor = _vision_language(name, sizes)
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            return
-        pipeline = _pipeline(sizes, networks(name))
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return
+    with torch.device("meta"):
+        parts = networks(name)
+    pipeline = _pipeline(sizes, parts)  # schedulers have numbers, so they are not on meta
     pipeline.save_config(folder)
     for part, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):

@@ -7,8 +7,10 @@ import pytest
 from tests.benchmarks import cards, random_models
 
 
-def test_a_folder_of_configurations_has_no_weights(tmp_path: Path) -> None:
-    random_models.write_configurations("sd_middle", tmp_path)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd_middle", "sdxl"])
+def test_a_folder_of_configurations_has_no_weights(name: str, tmp_path: Path) -> None:
+    random_models.write_configurations(name, tmp_path)
     assert (tmp_path / "model_index.json").is_file() and (tmp_path / "unet" / "config.json").is_file()
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".bin")]
 
