@@ -70,7 +70,8 @@ def write_configurations(name: str, folder: Path) -> None:
     pipeline.save_config(folder)
     for part, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
-            save = getattr(component, "save_config", None) or component.config.save_pretrained
+            network: Any = component  # of diffusers or transformers
+            save = getattr(network, "save_config", None) or network.config.save_pretrained
             save(folder / part)
         elif component is not None and part != "image_processor":
             component.save_pretrained(folder / part)

@@ -35,7 +35,8 @@ def load_lora(pipeline: DiffusionPipeline, net: ModelMixin, source: str, *, file
     if type(pipeline).__name__ == "StableDiffusion3Pipeline":
         weights = pipeline.lora_state_dict(source, **options)
         if any(name.startswith("lora_") for name in weights):  # diffusers' names begin with a part of the pipeline
-            return pipeline.load_lora_weights(sd3_weights(weights, net), adapter_name=adapter)
+            pipeline.load_lora_weights(sd3_weights(weights, net), adapter_name=adapter)
+            return
     pipeline.load_lora_weights(source, adapter_name=adapter, **options)
 
 
