@@ -104,7 +104,9 @@ class MethodConfig(Section):
 
     name: str
     reference: LaggingConfig | None = Field(
-        None, description="move the reference towards the policy (TR-DPO); {} takes the defaults; default: it stays"
+        None,
+        description="move a method's reference, if it has one, towards the policy (TR-DPO); {} takes the defaults; "
+        "default: it stays",
     )
 
 
