@@ -28,27 +28,26 @@ def load_start(path: str, *, random: bool = False) -> ClipParts:
         ValueError: `path` is neither, or its weights are missing or do not fit its config.
     """
     about = _config_file(resolve_model(path))
-    if about is not None:
-        parts = random_parts(path) if random else load_parts(path)
-        return parts._replace(config=json.loads(about.read_text(encoding="utf-8")))
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if about is not None:
+            parts = random_parts(path) if random else load_parts(path)
+            return parts._replace(config=json.loads(about.read_text(encoding="utf-8")))
+        try:
             return transformers_clip.random_parts(path)[1] if random else transformers_clip.load_parts(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{error}; a model of open_clip would have {CONFIG}") from error
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error}; a model of open_clip would have {CONFIG}") from error
 
 
 def random_parts(path: str) -> ClipParts:
-    """Return a model of open_clip with random weights, the same every time, and without its config.
+    """Return a model of open_clip with random weights, and without its config.
 
     Raises:
         ValueError: open_clip cannot read the folder or Hub id.
     """
     import open_clip
 
-    with readable("open_clip", path, "it may be incomplete: copy it again"), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with readable("open_clip", path, "it may be incomplete: copy it again"):
         name = open_clip_name(path)
         with quiet():  # open_clip warns of random weights
             model, _, preprocess = open_clip.create_model_and_transforms(name, load_weights=False)

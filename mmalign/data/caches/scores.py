@@ -93,7 +93,7 @@ class CachedJudge:
         """Return scores [N], float32, on the CPU; scores of noisy images (with `t`) are not stored."""
         if t is not None:
             return self.judge(images, prompts, t)
-        keys = [_key(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        keys = [_digest(key) for key in question_keys([[image] for image in images], prompts)]
         return self.cache.scores(keys, lambda rows: self.judge(_pick(images, rows), _pick(prompts, rows)))
 
 
@@ -133,14 +133,6 @@ def _pick(column: Sequence[T], rows: Sequence[int]) -> list[T]:
     return [column[row] for row in rows]
 
 
-def _key(image: Image.Image, prompt: str) -> str:
-    """Return 32 hex digits of an image's mode, size and pixels, and of its prompt."""
-    return _digest(f"{image.mode} {image.size} {len(prompt)} ", prompt, image.tobytes())
-
-
-def _digest(*parts: str | bytes) -> str:
-    """Return 32 hex digits of texts and bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part)
-    return digest.hexdigest()
+def _digest(*parts: str) -> str:
+    """Return 32 hex digits of texts."""
+    return hashlib.blake2b("".join(parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
