@@ -74,6 +74,14 @@ def test_a_loss_has_its_worked_value(name: str) -> None:
     assert loss(*scores).tolist() == pytest.approx(VALUES[name], rel=0, abs=1e-9)
 
 
+def test_inpo_is_ipo_against_scores_of_two_references() -> None:
+    """The previous policy's and, with a share of tau / eta, those of the model before training."""
+    before = [torch.tensor(x, dtype=torch.float64) for x in ((-10.2, -6.6, -19.5), (-11.2, -6.0, -18.2))]
+    share = 0.2 / 0.5
+    mixed = Pair(*(share * base + (1 - share) * x for base, x in zip(SUMS[1], before, strict=True)))
+    assert pairwise.ipo(SUMS[0], mixed, beta=0.5).tolist() == pytest.approx(VALUES["inpo eta=.5 tau=.2"], abs=1e-9)
+
+
 def test_cpo_is_a_loss_without_reference_and_the_chosen_side_s_own() -> None:
     values = free(pairwise.cpo, beta=BETA)(*SUMS) - MEANS[0].chosen
     assert values.tolist() == pytest.approx(VALUES["cpo b=.5 alpha=1"], rel=0, abs=1e-9)

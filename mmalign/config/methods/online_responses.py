@@ -42,6 +42,24 @@ class OnlineDPOConfig(ResponseMethodConfig, OnlineResponsesConfig):
         description="share of the reference's logits in those that generate (IPO-MD, with loss: ipo; published 0.125 "
         "to 0.5); 0 generates from the policy alone",
     )
+    base_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the model before training in the scores of a reference that moves (INPO, with loss: ipo "
+        "and score: sum; its tau / eta, published 1/3); 0 leaves that reference alone",
+    )
+
+    @model_validator(mode="after")
+    def _has_two_references(self) -> OnlineDPOConfig:
+        if self.base_share and self.reference is None:
+            raise ValueError(
+                f"base_share: {self.base_share:g} mixes the model before training into a reference that moves, and "
+                "without method.reference it is the reference; set method.reference, or leave base_share out"
+            )
+        if self.base_share and not self.uses_reference:
+            raise ValueError("base_share: needs a loss with a reference; leave it out, or use loss: ipo")
+        return self
 
 
 class GRPOConfig(OnlineResponsesConfig):

@@ -5,6 +5,11 @@
 
 The policy is that of the batch's first update, the reference the model before training. TRL generates two answers.
 With `loss: ipo` and a mixture it is IPO-MD (arXiv:2403.08635).
+
+INPO (arXiv:2407.00617) has two references: the model before training, and the previous policy, a reference that moves.
+With margins D = log p(chosen) - log p(rejected) of sums over tokens, eta as `beta` and tau / eta as `base_share`:
+
+    loss = (D_policy - base_share D_base - (1 - base_share) D_previous - 1 / (2 beta)) ** 2      (`loss: ipo`)
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from mmalign.methods._pair_memory import pair_memory
 from mmalign.methods.vision_language import _responses, dpo
 from mmalign.methods.vision_language._online import answer, online_requirements
 from mmalign.methods.vision_language._responses import response_scores
-from mmalign.policy import Policy
+from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
 
@@ -47,11 +52,21 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     ends = [answered.rewards.argmax(1).tolist(), answered.rewards.argmin(1).tolist()]
     for questions in answered.parts(cfg.generation.questions_per_contrast):
         given = answered.select(policy.family, questions, [(end[b], b) for end in ends for b in questions])
-        scores = policy.on_reference(partial(response_scores, policy.family, batch=given, mean=cfg.mean))
-        made.append(Contrast(_responses.Contrast(given, scores), answered.summary))
+        made.append(Contrast(_responses.Contrast(given, _reference_scores(policy, given, cfg)), answered.summary))
     return made * cfg.generation.updates
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the pair loss on the log-probabilities of policy and reference."""
     return replace(dpo.loss(policy, contrast.pairs, cfg), summary=contrast.summary)
+
+
+def _reference_scores(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config) -> Scores | None:
+    """Return the reference's scores [B]; of one that moves, mixed with those of the model before training."""
+    score = partial(response_scores, policy.family, batch=batch, mean=cfg.mean)
+    scores = policy.on_reference(score)
+    if not cfg.base_share or scores is None:
+        return scores
+    base = policy.against_base().on_reference(score)
+    assert base is not None, "a reference that moves begins as one that stays"
+    return {view: cfg.base_share * base[view] + (1 - cfg.base_share) * scores[view] for view in scores}

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmalign import methods
 from mmalign.commands.load_recipe import load_recipe
@@ -22,10 +23,11 @@ from mmalign.methods.vision_language import dpo, grpo, online_dpo, raft
 from mmalign.methods.vision_language._online import answer
 from mmalign.modalities import modality_of
 from mmalign.policy import Policy
+from mmalign.policy.lagging import LaggingCopy, mixed_share
 from mmalign.rng import KeyedRNG
 from tests.helpers import STANDING_VLMS, Folders, data_files, recipes
 from tests.helpers.loading import load_vlm
-from tests.helpers.policies import DRAWS, adapted, full, gradient
+from tests.helpers.policies import DRAWS, POLICIES, adapted, frozen, full, gradient
 from tests.helpers.runs import assert_resumes, trained
 
 REWARD = {"name": "function", "path": "a:b"}
@@ -112,18 +114,56 @@ def test_with_two_answers_online_dpo_is_dpo_on_that_pair(llava: VisionLanguage, 
 
 
 def test_ipo_md_generates_from_the_mixture(llava: VisionLanguage, questions: Path) -> None:
-    """The answers are the reference's if nearly all of the logits are."""
+    """A share of 0 asks no other network; the answers are the reference's if nearly all of the logits are."""
     policy, given = adapted(llava, moved=0.5), batch(llava, questions)
     cfg = configured(online_dpo, answers=2, loss="ipo", mixture=0.999)
     assert methods.requirements_of(cfg).reference and cfg.mean
-    mixed = answer(policy, given, cfg.generation, DRAWS, cfg.mixture)
-    assert mixed.rows != answer(policy, given, cfg.generation, DRAWS).rows
+    alone = answer(policy, given, cfg.generation, DRAWS).rows
+    assert alone == answer(replace(policy, reference=None), given, cfg.generation, DRAWS, 0.0).rows
+    mixed = answer(policy, given, cfg.generation, DRAWS, cfg.mixture).rows
+    small = cfg.generation.model_copy(update={"batch_size": 4})
+    assert mixed == answer(policy, given, small, DRAWS, cfg.mixture).rows != alone
     with torch.no_grad():
         for p in policy.trainable():
             p.zero_()
-    assert mixed.rows == answer(policy, given, cfg.generation, DRAWS).rows
+    assert mixed == answer(policy, given, cfg.generation, DRAWS).rows
     assert methods.requirements_of(configured(online_dpo, loss="simpo", mixture=0.1)).reference
     assert not methods.requirements_of(configured(online_dpo, loss="simpo")).reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy_of", POLICIES.values(), ids=POLICIES)
+def test_inpo_has_two_references(policy_of: Any, llava: VisionLanguage, questions: Path) -> None:
+    """Its equation from three networks' scores, in two generations of two updates each."""
+    moves = {"every": 2, "mix": 1.0}
+    inpo = {"answers": 2, "loss": "ipo", "score": "sum", "beta": 0.5, "reference": moves, "generation": {"updates": 2}}
+    policy, given, seen = policy_of(llava), batch(llava, questions), dict[float, list[Any]]()
+    policy = replace(policy, moving=LaggingCopy(policy.trainable(), partial(mixed_share, ramp=None, flat=0, **moves)))
+    base = previous = frozen(policy.unwrapped)
+    for update in range(4):
+        for share in (0.0, 1.0, 0.3):
+            cfg = configured(online_dpo, base_share=share, **inpo)
+            seen |= {share: contrasts(online_dpo, policy, given, cfg)} if update % 2 == 0 else {}
+            contrast = seen[share][update % 2]
+            margin = partial(margins, llava, contrast.pairs.batch)
+            step, apart = online_dpo.loss(policy, contrast, cfg), share * margin(base) + (1 - share) * margin(previous)
+            expected = (margin(policy.unwrapped) - apart - 1) ** 2
+            torch.testing.assert_close(step.losses.detach(), expected, rtol=1e-4, atol=1e-4)
+        assert (margin(base) - margin(previous)).abs().max() > 0.1 or update < 2
+        slopes = gradient(policy, step)
+        assert slopes.norm() > 0
+        for p in policy.trainable():
+            p.data.sub_(3e-3 * p.grad.sign() if p.grad is not None else 0.0)
+        policy.lagging["method.reference"].update(policy.trainable(), update + 1)
+        previous = frozen(policy.unwrapped) if update % 2 else previous
+
+
+@torch.no_grad()
+def margins(family: VisionLanguage, given: EncodedResponses, net: nn.Module) -> Tensor:
+    """Return the log-probability of the chosen responses less that of the rejected ones [B]."""
+    logps = family.token_logps(net, given.tokens, given.features)
+    chosen, rejected = scores.total(logps, given.tokens.response_mask).chunk(2)
+    return chosen - rejected
 
 
 def _only(items: list[Any]) -> list[Any]:
@@ -275,6 +315,12 @@ def test_a_stopped_run_resumes_between_generations(content: dict[str, Any]) -> N
     assert_resumes(content)
 
 
+@pytest.mark.slow
+def test_a_run_with_a_mixture_and_two_references_resumes(content: dict[str, Any]) -> None:
+    method = {"loss": "ipo", "mixture": 0.25, "base_share": 0.3, "reference": {"every": 2, "mix": 1.0}}
+    assert_resumes({**content, "method": {**content["method"], "name": "online_dpo", **method}})
+
+
 def test_prompts_are_shown_and_planned_as_they_will_be_used(llava: VisionLanguage, content: dict[str, Any]) -> None:
     recipe = load_recipe(content)
     needs, modality = methods.requirements_of(recipe.method), modality_of(recipe)
@@ -312,3 +358,7 @@ def test_what_does_not_fit_is_refused(content: dict[str, Any]) -> None:
         configured(grpo, importance="sequence", reduction="dapo")
     with pytest.raises(ValueError, match="combine: vote needs two or more reward models"):
         configured(raft, combine="vote")
+    with pytest.raises(ValueError, match=r"base_share: 0\.3 mixes .*; set method\.reference, or leave"):
+        configured(online_dpo, loss="ipo", base_share=0.3)
+    with pytest.raises(ValueError, match="base_share: needs a loss with a reference"):
+        configured(online_dpo, loss="simpo", base_share=0.3, reference={})
