@@ -1,20 +1,25 @@
 """Runs whose reference moves: bits, files, verdict, caches, plan, and what does not fit it."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from mmalign.commands._plan_memory import estimate
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
+from mmalign.policy import Policy, Scores
 from mmalign.training import checkpoint
+from tests.commands.test_export import adapted
 from tests.helpers import Folders, data_files, recipes
+from tests.helpers.loading import load_diffusion
 from tests.helpers.runs import assert_resumes, assert_same, responses, train_weights, trained
 
 Content = dict[str, Any]
-MOVES = {"every": 2, "mix": 0.5}
+MOVES: Content = {"every": 2, "mix": 0.5}
 
 
 def content(model: Path, folder: Path, output: str, tune: str = "lora", **reference: Any) -> Content:
@@ -53,10 +58,10 @@ def test_a_checkpoint_keeps_the_trained_weights_of_the_reference_alone(tiny_sd15
 @pytest.mark.slow
 def test_a_verdict_is_against_the_base_model(tiny_sd15: Path, tmp_path: Path) -> None:
     """Also where the last update makes reference and policy equal."""
-    held_out = "data.validation_fraction=0.3"
+    held_out, moves = "data.validation_fraction=0.3", Content(every=4, mix=1.0)
     hard, fixed = (
         trained(content(tiny_sd15, tmp_path, name, **reference), held_out)[0]
-        for name, reference in (("hard", {"every": 4, "mix": 1.0}), ("fixed", {}))
+        for name, reference in (("hard", moves), ("fixed", {}))
     )
     assert "against base" in hard.verdict and hard.verdict == fixed.verdict and hard.history == fixed.history
 
@@ -75,6 +80,53 @@ def test_responses_are_scored_by_the_reference_of_now(vlm_folders: Folders, tmp_
     assert caches["fixed"] - caches["moving"] == {"reference"} and caches["moving"]
     assert logits["never"] == pytest.approx(logits["fixed"], abs=1e-4) and logits["never"][2] > 0.01
     assert logits["moving"][:3] == pytest.approx([*logits["never"][:2], 0.5 * logits["never"][2]], rel=0.05, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["merged", "int8", "dora"])
+def test_its_scores_after_a_move(start: str, tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of the first weights, and after a move by a half of the mean of the first and the new ones."""
+    first = adapted(load_diffusion(tiny_sd15))
+    first.export(tmp_path, first.network, "diffusers", None)
+    models: Content = {
+        "merged": {"adapter": {"path": str(tmp_path), "use": "merge"}},
+        "int8": {"quantize": "int8"},
+        "dora": {"lora": {"rank": 2, "dora": True}},
+    }
+    seen, score = list[list[Tensor]](), Policy.on_reference
+
+    def checked(policy: Policy[Any], run: Callable[[nn.Module], Scores]) -> Scores | None:
+        if policy.moving is None:
+            return score(policy, run)
+        parameters = policy.trainable()
+        seen.append([p.detach().clone() for p in parameters])
+        means = [a if len(seen) < 3 else (a + b) / 2 for a, b in zip(seen[0], seen[-1], strict=True)]
+        _write(parameters, means)
+        expected = run(policy.unwrapped)
+        _write(parameters, seen[-1])
+        scores = score(policy, run)
+        assert scores is not None
+        torch.testing.assert_close(scores, expected, rtol=1e-6, atol=0)
+        if len(seen) == 1:
+            base = policy.against_base()
+            torch.testing.assert_close(scores, score(base, run), rtol=1e-6, atol=0)
+            if start == "merged":
+                torch.testing.assert_close(scores, run(first.network), rtol=1e-4, atol=1e-5)
+        else:
+            assert all((scores[side] != run(policy.unwrapped)[side]).all() for side in scores)
+        return scores
+
+    recipe = content(tiny_sd15, tmp_path, "run", **MOVES)
+    recipe["model"] |= models[start]
+    with monkeypatch.context() as patched:
+        patched.setattr(Policy, "on_reference", torch.no_grad()(checked))
+        train(load_recipe(recipe, ["train.steps=3"]))
+    assert len(seen) == 3
+
+
+def _write(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data.copy_(value)
 
 
 @pytest.mark.slow
