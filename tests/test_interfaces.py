@@ -1,4 +1,4 @@
-"""Recipe sections are told apart in mmalign/modalities/ alone, beside their own definitions."""
+"""Recipe sections are told apart in mmalign/modalities/ alone, and judges offer what they state."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import mmalign
-from mmalign import config
+from mmalign import config, rewards
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import SECTIONS, Section
 from mmalign.config.methods import METHODS
@@ -44,3 +44,11 @@ def test_every_modality_has_an_object() -> None:
     assert METHODS.keys() == SECTIONS.keys()
     examples = {modality_of(load_recipe(path)).example_evaluation for path in RECIPES}
     assert len(examples) == len(SECTIONS)
+
+
+@pytest.mark.parametrize("name", rewards.names())
+def test_a_judge_states_what_its_file_has(name: str) -> None:
+    module = rewards.reward_module(name)
+    names = vars(module)
+    assert module.Config.of_images == ({"check", "load"} <= names.keys())
+    assert module.Config.of_responses == ({"check_responses", "load_responses"} <= names.keys())
