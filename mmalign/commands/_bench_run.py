@@ -92,6 +92,7 @@ def build(
     with muted():
         family = loading.load_for_training(recipe, accelerator.device)
         splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
+        recipe = modality_of(recipe).name_annotators(recipe, splits[0])
         data_module = fill(recipe, family, accelerator=accelerator, splits=splits, reward_model=reward_model)
     policy = train.build_policy(family, recipe, reference_cached=cache.replaces_reference(data_module))
     policy, train_state = training_run.build_train_state(policy, recipe.method, recipe.train, accelerator)

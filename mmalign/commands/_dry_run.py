@@ -38,6 +38,7 @@ def dry_run(recipe: Recipe) -> None:
     modality, needs = modality_of(recipe), methods.requirements_of(recipe.method)
     splits = modality.open_pairs(recipe, needs)
     preflight.check_annotators(needs, splits[0])
+    recipe = modality.name_annotators(recipe, splits[0])
     accelerator = open_accelerator(recipe.train, rank_timeout=recipe.limits.rank_timeout)
     for line in needs.check():
         logger.info(line)

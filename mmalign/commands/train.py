@@ -98,6 +98,7 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
     started, options = time.time(), recipe.train
     needs = methods.requirements_of(recipe.method)
     splits, accelerator = _open_data(recipe, needs, output)
+    recipe = modality_of(recipe).name_annotators(recipe, splits[0])
 
     # Models and the last checkpoint
     device = accelerator.device
@@ -340,6 +341,7 @@ def build_policy(
     trained network if its scores are `reference_cached`.
     """
     model, options, needs = recipe.model, recipe.train, methods.requirements_of(recipe.method)
+    modality_of(recipe).add_heads(family, recipe)
     needed = with_reference or needs.reference
     reference: Reference = None
     if model.tune == "lora":

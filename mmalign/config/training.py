@@ -141,6 +141,20 @@ class JudgeModel(Model):
         return self
 
 
+class AnnotatorsConfig(Section):
+    """Tastes of annotators as mixtures of a few prototypes that all share (PAL, arXiv:2406.08469)."""
+
+    prototypes: int = Field(2, ge=1, description="prototypes that annotators mix; one gives all of them one judge")
+    form: Literal["angle", "distance"] = Field(
+        "angle",
+        description="angle: cosine of the image and the annotator's map of the prompt (PAL's model B); distance: minus "
+        "the distance to the annotator's point (model A)",
+    )
+    names: list[str] = Field(
+        [], description="annotators with shares of their own; all others have their mean; default: all of the data"
+    )
+
+
 class ImageJudgeModel(Model):
     """Settings of a judge of images: a CLIP to start from."""
 
@@ -157,6 +171,10 @@ class ImageJudgeModel(Model):
     attributes: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]] = Field(
         {},
         description="columns with a list of the images' ratings, and their lowest and highest value; each has a head",
+    )
+    annotators: AnnotatorsConfig | None = Field(
+        None,
+        description="learn the taste of each annotator of the data (PAL); {} takes the defaults; default: one judge",
     )
 
     @model_validator(mode="after")

@@ -20,8 +20,8 @@ from mmalign.training.processes import current_processes
 
 logger = logging.getLogger(__name__)
 
-# From N images and prompts to scores [N] by judge
-Judges = Callable[[Sequence[Image.Image], Sequence[str]], Mapping[str, Tensor]]
+# From N images, their prompts and annotators, "" for none, to scores [N] by judge
+Judges = Callable[[Sequence[Image.Image], Sequence[str], Sequence[str]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def _judge_batch(pairs: Mapping[int, ImagePair], judges: Judges, bad: list[Skipp
     if not decoded:
         return []
     images = [image for row in decoded.values() for image in row]
-    prompts = [pairs[number].prompt for number, row in decoded.items() for _ in row]
-    scores = {name: values.tolist() for name, values in judges(images, prompts).items()}
+    of_images = [pairs[number] for number, row in decoded.items() for _ in row]
+    prompts, annotators = [pair.prompt for pair in of_images], [pair.label.annotator for pair in of_images]
+    scores = {name: values.tolist() for name, values in judges(images, prompts, annotators).items()}
     # Back to rows
     rows, start = list[JudgedRow](), 0
     for number, row in decoded.items():

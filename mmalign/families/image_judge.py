@@ -4,7 +4,8 @@ The score is the cosine of both vectors times the learned scale, as the reward m
 trained are both towers, adapters in them, or the last linear layer of each on features that do not change.
 
 N images of M prompts, N a multiple of M; S is the side of the judge's input image, L the number of tokens, D and E are
-the widths of features and vectors. A is the number of attributes, which heads predict beside the score.
+the widths of features and vectors. A is the number of attributes, which heads predict beside the score. With a mixture
+the score is that of the annotator of a prompt's images.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from mmalign.families.types import Loading, LoraSettings
 from mmalign.policy.sharding import ShardPlan
 from mmalign.reading.weights import tensors_only
 from mmalign.rewards import _clip_files, open_clip
+from mmalign.rewards._annotators import UNKNOWN, AnnotatorMixture, Form, load_mixture
 from mmalign.rewards._attributes import AttributeHeads, Scales, load_heads
 from mmalign.rewards.open_clip import ClipParts, TextFeatures
 
@@ -46,18 +48,22 @@ class ClipScorer(nn.Module):
     Attributes:
         clip: the CLIP.
         attributes: the heads of attributes; None without any.
+        annotators: the mixture of annotators' tastes; None without one.
     """
 
-    def __init__(self, clip: CLIP, attributes: AttributeHeads | None = None) -> None:
+    def __init__(
+        self, clip: CLIP, attributes: AttributeHeads | None = None, annotators: AnnotatorMixture | None = None
+    ) -> None:
         super().__init__()
-        self.clip, self.attributes = clip, attributes
+        self.clip, self.attributes, self.annotators = clip, attributes, annotators
 
-    def forward(self, images: Tensor, text: Tensor) -> Tensor:
+    def forward(self, images: Tensor, text: Tensor, places: Tensor | None = None) -> Tensor:
         """Return scores and predictions of the attributes [N, 1 + A], float32; image i belongs to prompt i mod M.
 
         Args:
             images: preprocessed images [N, 3, S, S], or features of them [N, D].
             text: tokens of the prompts [M, L], or features of them [M, D].
+            places: the places of the prompts' annotators in the mixture [M]; None for unknown ones.
         """
         if images.dim() == 2:  # features
             vision, words = self._towers
@@ -67,9 +73,16 @@ class ClipScorer(nn.Module):
         else:
             image = self.clip.encode_image(images, normalize=True)
             prompt = self.clip.encode_text(text, normalize=True)
-        image, prompt = image.float(), prompt.float().repeat(len(image) // len(prompt), 1)
-        scores = self.clip.logit_scale.float().exp() * (image * prompt).sum(-1, keepdim=True)
-        return scores if self.attributes is None else torch.cat([scores, self.attributes(image, prompt)], 1)
+        image, prompt, scale = image.float(), prompt.float(), self.clip.logit_scale.float().exp()
+        number = len(image) // len(prompt)
+        if self.annotators is None:
+            scores: Tensor = scale * (image * prompt.repeat(number, 1)).sum(-1)
+        else:
+            places = torch.full((len(prompt),), UNKNOWN, device=prompt.device) if places is None else places
+            scores = self.annotators.score(image, self.annotators(prompt, places).repeat(number, 1), scale)
+        if self.attributes is None:
+            return scores[:, None]
+        return torch.cat([scores[:, None], self.attributes(image, prompt.repeat(number, 1))], 1)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return the features [N, D] of images [N, 3, S, S], before the last linear layer."""
@@ -92,7 +105,7 @@ class ClipScorer(nn.Module):
         return features
 
     def head(self) -> list[nn.Parameter]:
-        """Return the weights of the last linear layers, of the scale and of the attributes' heads.
+        """Return the weights of the last linear layers, of the scale, and beside the CLIP.
 
         Raises:
             ValueError: a tower has no such layer.
@@ -103,8 +116,8 @@ class ClipScorer(nn.Module):
         return [*layers, *self.beside()]
 
     def beside(self) -> list[nn.Parameter]:
-        """Return the weights beside the CLIP: those of the attributes' heads."""
-        return [] if self.attributes is None else list(self.attributes.parameters())
+        """Return the weights beside the CLIP: those of the attributes' heads and of the annotators' mixture."""
+        return [p for part in (self.attributes, self.annotators) if part is not None for p in part.parameters()]
 
     def add_adapter(self, config: LoraConfig) -> None:
         """Add adapters, as networks of diffusers and transformers do."""
@@ -167,7 +180,7 @@ class ImageJudge:
         return sorted({end for _, _, end in called})
 
     def add_lora(self, settings: LoraSettings) -> None:
-        """Add adapters to both towers; heads are trained beside them."""
+        """Add adapters to both towers; heads and a mixture are trained beside them."""
         unknown = [name for name in settings.targets if name.rpartition(".")[2] not in self.linear_layers]
         if unknown:
             raise ValueError(
@@ -177,6 +190,11 @@ class ImageJudge:
         lora.add_lora(self.network, settings)
         for parameter in self.network.beside():
             parameter.requires_grad_(True)
+
+    def add_annotators(self, names: Sequence[str], *, prototypes: int, form: Form, seed: int) -> None:
+        """Add a mixture of annotators' tastes to the network, in which all are one judge at first."""
+        mixture = AnnotatorMixture(names, _width(self.network.clip), prototypes=prototypes, form=form, seed=seed)
+        self.network.annotators = mixture.to(self.loading.device)
 
     def continue_adapter(self, path: str) -> None:
         """Refuse adapters.
@@ -263,13 +281,14 @@ class ImageJudge:
             lora.absorb_adapters(net)
         weights = {name: x.detach().cpu().to(dtype) for name, x in net.clip.state_dict().items()}
         _clip_files.write(self.parts, folder, weights)
-        if net.attributes is not None:
-            net.attributes.save(folder)
+        for part in (net.attributes, net.annotators):
+            if part is not None:
+                part.save(folder)
         return weights
 
     def load_trained(self, folder: Path) -> nn.Module:
         with tensors_only():
-            net = ClipScorer(open_clip.load_parts(str(folder)).model, load_heads(folder))
+            net = ClipScorer(open_clip.load_parts(str(folder)).model, load_heads(folder), load_mixture(folder))
         return net.requires_grad_(False).eval().to(self.loading.device)
 
     def preprocess(self, image: Image.Image) -> Tensor:
@@ -306,10 +325,10 @@ class ImageJudge:
         """Return the scores [N], float32, of the inputs of N images and of M prompts (see ClipScorer)."""
         return self.judge(net, images, text)[:, 0]
 
-    def judge(self, net: nn.Module, images: Tensor, text: Tensor) -> Tensor:
-        """Return the scores and the predictions of the attributes [N, 1 + A], float32."""
+    def judge(self, net: nn.Module, images: Tensor, text: Tensor, places: Tensor | None = None) -> Tensor:
+        """Return the scores and the predictions of the attributes [N, 1 + A], float32 (see ClipScorer)."""
         with self.loading.autocast():
-            values: Tensor = net(images, text)
+            values: Tensor = net(images, text, places)
         return values.float()
 
 
@@ -343,5 +362,6 @@ def load(
 @torch.no_grad()
 def _width(clip: CLIP) -> int:
     """Return the width of a CLIP's vectors."""
-    vectors: Tensor = clip.encode_text(torch.zeros(1, clip.context_length, dtype=torch.long))
+    tokens = torch.zeros(1, clip.context_length, dtype=torch.long, device=clip.logit_scale.device)
+    vectors: Tensor = clip.encode_text(tokens)
     return vectors.shape[1]

@@ -18,6 +18,7 @@ from mmalign.config import Model, Recipe
 from mmalign.config.methods import find_method
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits
+from mmalign.data.pairs import Pairs
 from mmalign.doctor.corpus import RecipeInputs
 from mmalign.evaluation.metrics import Metrics, Table
 from mmalign.families.base import Family
@@ -196,6 +197,9 @@ class Modality:
             model that generates nothing.
         example_evaluation: an `evaluate` section, for error messages.
         example_preparation: a `prepare` section, for error messages.
+        name_annotators: name the annotators of the training pairs in a recipe that learns their tastes; raises
+            ValueError if no pair has one.
+        add_heads: add to a model's network what such a recipe learns of each annotator.
     """
 
     check: Callable[[Recipe], None]
@@ -222,6 +226,8 @@ class Modality:
     prepare: Callable[[Recipe, Writer | None], Path] | None
     example_evaluation: str
     example_preparation: str
+    name_annotators: Callable[[Recipe, Pairs[Any]], Recipe] = lambda recipe, _: recipe
+    add_heads: Callable[[Any, Recipe], None] = lambda *_: None
 
 
 def modality_of(recipe: Recipe) -> Modality:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,19 +21,20 @@ from mmalign.data.caches.array_cache import ArrayCache, cache_folder
 from mmalign.data.caches.fill import fill
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
+from mmalign.data.formats.files import listed
 from mmalign.data.images import BadImage, decode
 from mmalign.data.loaders.batches import JudgedImages
 from mmalign.data.loaders.judged_images import JudgedImageReader, encode_features
 from mmalign.data.loaders.sampler import EpochSampler
-from mmalign.data.pairs import ImagePair, output_names
+from mmalign.data.pairs import ImagePair, Pairs, output_names, stable_hash
 from mmalign.doctor.corpus import NotChecked, RecipeInputs
-from mmalign.evaluation.benchmarks import judge, judge_attributes
+from mmalign.evaluation.benchmarks import judge, judge_annotators, judge_attributes
 from mmalign.evaluation.judged_rows import judge_rows
 from mmalign.evaluation.metrics import SIDES
 from mmalign.families import image_judge
-from mmalign.families.image_judge import NOT_COMPILED, ImageJudge
+from mmalign.families.image_judge import NOT_COMPILED, ClipScorer, ImageJudge
 from mmalign.families.types import Loading
-from mmalign.methods import Requirements
+from mmalign.methods import Requirements, requirements_of
 from mmalign.modalities import Measure, Result, loading, step_judge
 from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check
@@ -42,6 +45,8 @@ from mmalign.training.processes import current_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 UNREAD = {"resolution", "fit", "crop", "flip"}  # settings of `data`: a judge has its own preprocessing
 
@@ -54,6 +59,9 @@ def check_recipe(recipe: Recipe) -> None:
     """
     if recipe.train.compile:
         raise ValueError(NOT_COMPILED)
+    assert isinstance(recipe.model, ImageJudgeModel)
+    if recipe.model.annotators is not None and requirements_of(recipe.method).learns_from != "pairs":
+        raise ValueError("model.annotators: lists have no annotators; use method.rows: pairs, or leave it out")
     check.check_packing(recipe)
     given = list(recipe.data.model_dump(include=UNREAD, exclude_defaults=True))
     if given:
@@ -95,10 +103,58 @@ def load_family(model: Model, options: Loading) -> ImageJudge:
 
 
 def describe_head(model: Model) -> dict[str, str]:
-    """Return the part of the network that is trained, if it is not all of it, and the attributes."""
+    """Return the part of the network that is trained, if it is not all of it, the attributes and the mixture."""
     assert isinstance(model, ImageJudgeModel)
-    head = {"head": model.head} if model.head is not None else {}
-    return head | ({"attributes": json.dumps(model.attributes)} if model.attributes else {})
+    told, mixture = dict[str, str](), model.annotators
+    if model.head is not None:
+        told["head"] = model.head
+    if model.attributes:
+        told["attributes"] = json.dumps(model.attributes)
+    if mixture is not None:
+        names = f"{len(mixture.names)} annotators ({stable_hash(*mixture.names):x})"
+        told["annotators"] = f"{mixture.prototypes} prototypes by {mixture.form}, {names}"
+    return told
+
+
+def name_annotators(recipe: Recipe, pairs: Pairs[ImagePair]) -> Recipe:
+    """Return the recipe with the annotators whose tastes it learns: those that it names, or all of the pairs.
+
+    Raises:
+        ValueError: no pair has an annotator, or none has one that the recipe names.
+    """
+    model = recipe.model
+    assert isinstance(model, ImageJudgeModel)
+    if model.annotators is None:
+        return recipe
+    numbers = Counter(pairs.annotators())
+    unnamed, known = numbers.pop("", 0), sorted(numbers)
+    if not known:
+        raise ValueError(
+            f"model.annotators: no pair of {pairs.source} has an annotator; name the column with data.columns, such as "
+            "{annotator: user_id}, or leave model.annotators out (rows of single images with scores have none)"
+        )
+    names = model.annotators.names or known
+    if missing := [name for name in names if name not in numbers]:
+        raise ValueError(
+            f"model.annotators.names: no pair of {pairs.source} has the annotator {listed(missing)} (found "
+            f"{listed(known)}); correct the name, or leave names out to take all"
+        )
+    least, most = (extreme(numbers[name] for name in names) for extreme in (min, max))
+    others = unnamed + sum(number for name, number in numbers.items() if name not in names)
+    rest = f"; {others:,} pairs have another annotator or none, and the mean taste" if others else ""
+    logger.info(f"model.annotators: {len(names):,} annotators with {least:,} to {most:,} pairs each{rest}")
+    settings = model.annotators.model_copy(update={"names": names})
+    return recipe.model_copy(update={"model": model.model_copy(update={"annotators": settings})})
+
+
+def add_heads(family: ImageJudge, recipe: Recipe) -> None:
+    """Add the mixture of the annotators that the recipe names, if it learns their tastes."""
+    assert isinstance(recipe.model, ImageJudgeModel)
+    settings = recipe.model.annotators
+    if settings is not None:
+        family.add_annotators(
+            settings.names, prototypes=settings.prototypes, form=settings.form, seed=recipe.train.seed
+        )
 
 
 def build_data_module(
@@ -191,7 +247,13 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
 
     def measure(policy: Policy[ImageJudge], *_: object) -> Result:
         rows = judge_rows(pairs, partial(_scores, policy, other), batch_size=batch_size)
-        result, table = judge.audit(judge.compare_images(pairs, rows), section.bins)
+        comparisons = judge.compare_images(pairs, rows)
+        result, table = judge.audit(comparisons, section.bins)
+        mixture = _network(policy).annotators
+        if mixture is not None:
+            shares = dict(zip(mixture.names, mixture.shares().tolist(), strict=False))  # the last row is the mean
+            result["annotators"], lines = judge_annotators.audit(pairs, comparisons, shares)
+            table += lines
         names = list(policy.family.network.attributes.scales) if policy.family.network.attributes is not None else []
         errors, lines = judge_attributes.audit(pairs, rows, names)
         return {**result, **({"attributes": errors} if names else {})}, table + lines
@@ -199,17 +261,33 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
     return measure
 
 
+def _network(policy: Policy[ImageJudge]) -> ClipScorer:
+    """Return the trained network."""
+    assert isinstance(policy.unwrapped, ClipScorer)
+    return policy.unwrapped
+
+
 @torch.no_grad()
 def _scores(
-    policy: Policy[ImageJudge], other: RewardModel | None, images: Sequence[Image.Image], prompts: Sequence[str]
+    policy: Policy[ImageJudge],
+    other: RewardModel | None,
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    annotators: Sequence[str],
 ) -> dict[str, Tensor]:
-    """Return the scores [N] of images by the judge before and after training, and by another one."""
-    family = policy.family
+    """Return the scores [N] of images by the judge before and after training, for their annotators, and by another."""
+    family, mixture = policy.family, _network(policy).annotators
+    places = mixture.places(annotators) if mixture is not None else None
     inputs = family.inputs(torch.stack([family.preprocess(image) for image in images]))
     run: Callable[..., Tensor] = partial(family.score, images=inputs, text=family.text_inputs(prompts))
-    before, values = policy.on_reference(run), family.judge(policy.unwrapped, inputs, family.text_inputs(prompts))
+    before, values = (
+        policy.on_reference(run),
+        family.judge(policy.unwrapped, inputs, family.text_inputs(prompts), places),
+    )
     assert before is not None
     scores = dict(zip(SIDES, (before, values[:, 0]), strict=True))
+    if mixture is not None:
+        scores[judge_annotators.MEAN] = run(policy.unwrapped)
     if family.network.attributes is not None:
         columns = map(judge_attributes.column, family.network.attributes.scales)
         scores |= dict(zip(columns, values[:, 1:].T, strict=True))
@@ -231,4 +309,6 @@ MODALITY = replace(
     open_benchmark=open_benchmark,
     doctor_inputs=lambda _: RecipeInputs(*[NotChecked("the judge's own tokenizer cuts prompts")] * 3),
     example_evaluation="{benchmark: judge}",
+    name_annotators=name_annotators,
+    add_heads=add_heads,
 )

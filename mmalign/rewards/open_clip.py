@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmalign.resources import resolve_model
 from mmalign.rewards import BatchConfig, check_files, in_batches, readable
+from mmalign.rewards._annotators import load_mixture
 from mmalign.rewards._attributes import load_heads
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 check = check_files
 KNOWN = 8192  # prompts in the cache of text features
+LISTED = 10  # annotators that a message names
 
 
 class Config(BatchConfig):
@@ -36,6 +38,9 @@ class Config(BatchConfig):
 
     attribute: str | None = None
     """Attribute that is the score, of a judge trained with `model.attributes`; its preference by default."""
+
+    annotator: str | int | None = None
+    """Annotator whose taste is the score, of a judge trained with `model.annotators`; by default the mean of all."""
 
 
 class ClipParts(NamedTuple):
@@ -106,7 +111,7 @@ class OpenClip:
         batch_size: images that go through the network at once.
         score: a function from the cosines [N] and the learned scale [] to scores [N].
         prefix: text before every prompt.
-        attribute: the head of an attribute, from unit vectors of images and prompts to scores [N]; None for the cosine.
+        head: a function from unit vectors of images and prompts to scores [N]; None for the cosine.
     """
 
     model: CLIP
@@ -116,7 +121,7 @@ class OpenClip:
     batch_size: int
     score: Callable[[Tensor, Tensor], Tensor] = scaled
     prefix: str = ""
-    attribute: Callable[[Tensor, Tensor], Tensor] | None = None
+    head: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         """Return scores [N], float32, on the device of the model; `t` is not read."""
@@ -134,8 +139,8 @@ class OpenClip:
     @torch.no_grad()
     def _score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         vectors, words = self.embed(images), self.text([self.prefix + prompt for prompt in prompts])
-        if self.attribute is not None:
-            return self.attribute(vectors, words)
+        if self.head is not None:
+            return self.head(vectors, words)
         cosines = (vectors * words).sum(-1)
         return self.score(cosines, self.model.logit_scale.exp()).float()
 
@@ -145,13 +150,17 @@ def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
 
     Raises:
         ValueError: there is no such model, its weights are missing or do not fit its config, or it has no such
-            attribute.
+            attribute or annotator.
     """
     judge = scorer(load_parts(path, cfg.pretrained), device, cfg.batch_size)
-    return judge if cfg.attribute is None else replace(judge, attribute=_attribute_head(path, cfg.attribute, device))
+    if cfg.attribute is None:
+        return replace(judge, head=_taste(path, cfg.annotator, judge))
+    if cfg.annotator is not None:
+        raise ValueError("reward open_clip: annotator: an attribute is the same for all; leave one of them out")
+    return replace(judge, head=_attribute(path, cfg.attribute, device))
 
 
-def _attribute_head(path: str, name: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def _attribute(path: str, name: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the head of an attribute of a trained judge."""
     heads = load_heads(Path(resolve_model(path)))
     known = list(heads.scales) if heads is not None else []
@@ -162,6 +171,27 @@ def _attribute_head(path: str, name: str, device: torch.device) -> Callable[[Ten
         )
     placed = heads.to(device)
     return lambda images, prompts: placed(images, prompts)[:, known.index(name)]
+
+
+def _taste(path: str, name: str | int | None, judge: OpenClip) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return the score by a trained judge's mixture, of an annotator or of all; None for a judge without a mixture."""
+    mixture = load_mixture(Path(resolve_model(path)))
+    known = mixture.names if mixture is not None else ()
+    if name is not None and str(name) not in known:
+        some = ", ".join(known[:LISTED]) + (f" and {len(known) - LISTED} more" if len(known) > LISTED else "")
+        raise ValueError(
+            f"reward open_clip: annotator: {path} has no {str(name)!r} (it has {some or 'none'}); name one of its "
+            "annotators, or leave it out for the mean of all"
+        )
+    if mixture is None:
+        return None
+    placed = mixture.requires_grad_(False).to(judge.device)
+    place, scale = placed.places([str(name)] if name is not None else [""]), judge.model.logit_scale.exp()
+
+    def score(images: Tensor, prompts: Tensor) -> Tensor:
+        return placed.score(images, placed(prompts, place.expand(len(prompts))), scale).float()
+
+    return score
 
 
 def scorer(

@@ -12,6 +12,9 @@ With two images it is the pair's loss. Images of equal scores are not compared.
 
 Heads learn named attributes beside it, by squared errors as in HelpSteer2 (arXiv:2406.08673): `attribute_weight` times
 the mean over a row's ratings of ((prediction - rating) / half the scale)^2.
+
+With `model.annotators` s is the score of the pair's annotator, by PAL's mixture of prototypes (arXiv:2406.08469;
+mmalign/rewards/_annotators.py). The loss is the same.
 """
 
 from __future__ import annotations
@@ -34,10 +37,11 @@ from mmalign.rng import KeyedRNG
 
 @dataclass(frozen=True)
 class Contrast:
-    """The judge's inputs for KB images and B prompts, and the batch."""
+    """The judge's inputs for KB images and B prompts, the places of B annotators, and the batch."""
 
     images: Tensor
     text: Tensor
+    places: Tensor | None
     batch: JudgedImages
 
 
@@ -45,20 +49,22 @@ def requirements(cfg: Config) -> Requirements:
     """Return the method's needs: pairs with ties, or lists, and no reference."""
     if cfg.rows == "lists":
         return Requirements(reference=False, learns_from="lists")
-    labels = ("preference", "weight", "annotator")  # the last one for the audit's strata
+    labels = ("preference", "weight", "annotator")  # the last one also for the audit's strata
     return Requirements(reference=False, labels=labels, ties=True)
 
 
 def contrasts(policy: Policy[ImageJudge], batch: JudgedImages, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: the rows with the judge's inputs."""
-    family = policy.family
-    return [Contrast(family.inputs(batch.images), family.text_inputs(batch.prompts), batch)]
+    family, mixture, places = policy.family, policy.family.network.annotators, None
+    if mixture is not None:
+        places = mixture.places(batch.labels.annotators if batch.labels is not None else [""] * len(batch.rows))
+    return [Contrast(family.inputs(batch.images), family.text_inputs(batch.prompts), places, batch)]
 
 
 def loss(policy: Policy[ImageJudge], contrast: Contrast, cfg: Config) -> Step:
     """Return the negative log-likelihood [B] of the rows' preferences."""
     batch = contrast.batch
-    values = policy.family.judge(policy.model, contrast.images, contrast.text)
+    values = policy.family.judge(policy.model, contrast.images, contrast.text, contrast.places)
     values = values.view(-1, len(batch.rows), values.shape[1]).transpose(0, 1)  # [B, K, 1 + A]
     scores = values[..., 0]
     step = _ranking(scores, batch) if cfg.rows == "lists" else _preference(scores, batch)

@@ -155,7 +155,7 @@ def test_processes_judge_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for rank in (1, 0):
         monkeypatch.setattr(judged_rows, "current_processes", lambda rank=rank: First(rank))
-        rows = judge_rows(pairs, lambda images, texts: {"after": score(images, texts)}, batch_size=2)
+        rows = judge_rows(pairs, lambda images, texts, _: {"after": score(images, texts)}, batch_size=2)
     assert [one.number for one in rows] == [0, 1, 2, 3, 4]
     assert judged == ["p2"] * 2 + ["p3"] * 2 + ["p0"] * 2 + ["p1"] * 2 + ["p4"] * 2
 
@@ -163,6 +163,6 @@ def test_processes_judge_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_with_an_unreadable_image_are_named(log_lines: list[str]) -> None:
     outputs = [(ref("a", png()), ref("b", data)) for data in (png(), b"no image")]
     pairs = [ImagePair(n, "p", both, lambda: "row", "p") for n, both in enumerate(outputs)]
-    rows = judge_rows(pairs, lambda images, _: {"after": torch.arange(len(images))}, batch_size=2)
+    rows = judge_rows(pairs, lambda images, *_: {"after": torch.arange(len(images))}, batch_size=2)
     assert [(one.number, one.scores["after"]) for one in rows] == [(0, [0, 1])]
     assert any("1 images cannot be read" in line for line in log_lines)
