@@ -6,7 +6,7 @@
 A study is a set of arms, each a recipe with other settings. If it has several learning rates, every arm is trained
 first with each rate on one seed, and evaluated on the validation split. The best rate by the first measure is kept.
 Then `mmalign compare` trains every arm with three seeds and evaluates on the test split. The same command continues a
-stopped study.
+stopped study, and `--arms` takes some of the arms.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mmalign.commands.compare import compare
@@ -158,6 +158,11 @@ STUDIES: Mapping[str, Callable[[Path], Study]] = {
 }
 
 
+def select(study: Study, arms: Sequence[str] | None) -> Study:
+    """Return the study with these arms alone, in its own order; None keeps all."""
+    return study if arms is None else replace(study, arms={n: arm for n, arm in study.arms.items() if n in arms})
+
+
 def search(study: Study, folder: Path) -> dict[str, float]:
     """Return the rate of every arm that does best on the validation split with one seed."""
     sources = {
@@ -209,9 +214,13 @@ def main() -> None:
     parser.add_argument("study", choices=sorted(STUDIES))
     parser.add_argument("--output", type=Path, required=True, help="folder of the studies, one below it for each")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", help="some of the arms; the others can follow with the same output")
     options = parser.parse_args()
     folder = options.output / options.study
-    run(STUDIES[options.study](folder), folder, options.seeds)
+    study = STUDIES[options.study](folder)
+    if unknown := sorted(set(options.arms or ()) - set(study.arms)):
+        parser.error(f"--arms: {', '.join(unknown)}; expected some of {', '.join(study.arms)}")
+    run(select(study, options.arms), folder, options.seeds)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.data.formats.images import open_pairs
 from mmalign.synthesis.write_image_pairs import write_pairs
 from mmalign.toy import scenes
-from tests.benchmarks.studies import PAIRS, STUDIES
+from tests.benchmarks.studies import PAIRS, STUDIES, select
 from tests.benchmarks.study_data import flip_labels, write_best_and_worst, write_objectives
 
 
@@ -55,6 +55,12 @@ def test_objectives_differ_in_one_part_and_score_another(lists: Path, tmp_path: 
     assert [(row["label_0"], row["label_1"]) for row in rows] == [(1, 0), (1, 0)]
     assert [(row["score_0"], row["score_1"]) for row in rows] == [(4, 0), (0, 0)]
     assert len(open_pairs("auto", str(tmp_path / "counts.parquet"))) == 2
+
+
+def test_some_arms_keep_their_order(tmp_path: Path) -> None:
+    study = STUDIES["flipped_labels"](tmp_path)
+    assert list(select(study, ["lcpo", "dpo"]).arms) == ["dpo", "lcpo"]
+    assert select(study, None) == study
 
 
 @pytest.mark.parametrize("name", sorted(STUDIES))
