@@ -78,11 +78,19 @@ def _torchao(kind: Kind) -> Any:
     return Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
 
 
-def cast_inputs(net: nn.Module, compute: torch.dtype) -> None:
-    """Cast the inputs of torchao's layers to the dtype of the products; autocast does not see these layers."""
+def fit_for_training(net: nn.Module, compute: torch.dtype) -> None:
+    """Adapt the libraries' layers to training.
+
+    Autocast does not see torchao's layers, so their inputs are cast to the dtype of the products. In a pass without
+    gradients on a CPU with AVX512-BF16, such as the reference's, bitsandbytes would pack its weights into a form whose
+    products have no gradients.
+    """
+    layer: Any
     for layer in net.modules():
         if isinstance(layer, nn.Linear) and type(layer.weight).__module__.startswith("torchao."):
             layer.register_forward_pre_hook(partial(_cast, compute))
+        elif type(layer).__module__.startswith("bitsandbytes."):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _cast(compute: torch.dtype, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -20,7 +20,7 @@ from mmalign.policy import Policy
 from mmalign.reading.weights import plain_tensors
 from mmalign.rng import KeyedRNG
 from tests.commands.test_export import adapted
-from tests.helpers import Folders, first_fast, image_batches, recipes, response_batches
+from tests.helpers import Folders, first_fast, image_batches, recipes, response_batches, vlm_models
 from tests.helpers.loading import load_diffusion, load_vlm
 
 CPU = torch.device("cpu")
@@ -79,6 +79,46 @@ def test_a_quantized_base(name: str, kind: Any, request: pytest.FixtureRequest, 
     planned, _ = _plan_memory._build(recipe, reference_cached=False)
     expected = sum(x.nbytes for p in planned.model.parameters() for x in plain_tensors(p))
     assert memory.live == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.slow
+def test_nf4_of_a_vision_language_model(tmp_path: Path) -> None:
+    """The library's own bytes, a loss near bfloat16's also after a pass without gradients, and two updates."""
+    bnb: Any = pytest.importorskip("bitsandbytes", reason="needs the extra quantize")
+    recipe = recipe_of(wide_qwen(tmp_path / "model"), tmp_path, True, quantize="nf4")
+    whole, policy = policy_of(recipe_of(tmp_path / "model", tmp_path, True)), policy_of(recipe)
+    # The library's own bytes of the same weights
+    layers = {n: m for n, m in policy.model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert layers and not any("visual" in layer or "lm_head" in layer for layer in layers)
+    for name, layer in layers.items():
+        own = bnb.functional.quantize_4bit(whole.model.get_submodule(name).weight.data, quant_type="nf4", blocksize=64)
+        assert torch.equal(layer.weight.data.view(-1), own[0].view(-1))
+        assert torch.equal(layer.weight.quant_state.absmax, own[1].absmax)
+    # Memory, as planned; scales are no parameters
+    planned, _ = _plan_memory._build(recipe, reference_cached=False)
+    expected = sum(x.nbytes for p in planned.model.parameters() for x in plain_tensors(p))
+    held = sum(x.nbytes for x in (*policy.model.parameters(), *policy.model.buffers()))
+    assert held + sum(m.weight.quant_state.absmax.nbytes for m in layers.values()) == pytest.approx(expected, rel=0.02)
+    # The loss, and gradients of the adapters alone, also after a pass without gradients
+    with torch.no_grad():
+        expected_loss = loss_of(policy, True).item()
+    loss = loss_of(policy, True)
+    assert loss.item() == pytest.approx(expected_loss, rel=1e-6)
+    assert loss.item() == pytest.approx(loss_of(whole, True).item(), rel=1e-2)
+    loss.backward()
+    assert all(p.grad is not None for p in policy.trainable())
+    first = next(p for name, p in policy.model.named_parameters() if "layers.0" in name and "lora_B" in name)
+    assert first.grad.abs().sum() > 0  # through all layers
+
+
+def wide_qwen(folder: Path) -> Path:
+    """Write a Qwen2.5-VL whose layers have sides in multiples of 64, as bitsandbytes packs them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
+    vision = {**vlm_models.QWEN2_5_VISION, "out_hidden_size": 64}
+    for part in vlm_models.qwen2_5_vl({**vlm_models.TEXT, **sizes}, vision):
+        part.save_pretrained(folder)
+    return folder
 
 
 def test_kinds_that_are_impossible_are_refused(tiny_flux: Path, tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     if loading.adapter is not None and not (loading.tokenizers_only or loading.shapes_only):
         merge_adapter(pipeline, denoiser_name(cls), getattr(pipeline, denoiser_name(cls)), loading.adapter)
     if loading.quantize is not None and not loading.tokenizers_only:
-        quantize.cast_inputs(pipeline.components[denoiser_name(cls)], frozen)
+        quantize.fit_for_training(pipeline.components[denoiser_name(cls)], frozen)
     # All parts frozen; training unfreezes its own
     for module in pipeline.components.values():
         if isinstance(module, nn.Module):

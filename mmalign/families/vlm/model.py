@@ -330,7 +330,7 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
                 path, revision=loading.revision, variant=loading.variant, use_safetensors=safe, **options
             )
     if loading.quantize is not None:
-        quantize.cast_inputs(model, dtype)
+        quantize.fit_for_training(model, dtype)
     if loading.adapter is not None and not loading.shapes_only:
         read_adapter(model, loading.adapter)
         absorb_adapters(model)
