@@ -129,9 +129,12 @@ def name_annotators(recipe: Recipe, pairs: Pairs[ImagePair]) -> Recipe:
     numbers = Counter(pairs.annotators())
     unnamed, known = numbers.pop("", 0), sorted(numbers)
     if not known:
+        column = recipe.data.columns.get("annotator", "annotator")
+        idle = f"; nothing reads {listed(pairs.unread)}" if pairs.unread else ""
         raise ValueError(
-            f"model.annotators: no pair of {pairs.source} has an annotator; name the column with data.columns, such as "
-            "{annotator: user_id}, or leave model.annotators out (rows of single images with scores have none)"
+            f"model.annotators: no pair of {pairs.source} has a name in the column {column!r}{idle}; map the column "
+            "with data.columns, such as {annotator: user_id}, or leave model.annotators out (the layout scores has no "
+            "annotators)"
         )
     names = model.annotators.names or known
     if missing := [name for name in names if name not in numbers]:

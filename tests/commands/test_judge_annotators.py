@@ -95,10 +95,12 @@ def test_mixtures_that_cannot_be_are_refused(case: str, tiny_clip: Path, tmp_pat
 
 
 def test_data_without_annotators_are_refused(tiny_clip: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"model\.annotators: no pair of .* has an annotator; name the column with data"
-    ):
+    pairs = data_files.pick_a_pic(tmp_path / "pairs.parquet")
+    pq.write_table(pq.read_table(pairs).append_column("user", pa.array(["ann"] * 8)), pairs)
+    sentence = r"model\.annotators: no pair of .* has a name in the column 'annotator'; nothing reads .*user; map"
+    with pytest.raises(ValueError, match=sentence):
         mmalign.train(load_recipe(tasteful(tiny_clip, tmp_path)))
+    mmalign.train(load_recipe(tasteful(tiny_clip, tmp_path), ["data.columns={annotator: user}"]), dry_run=True)
 
 
 def test_an_annotator_that_a_judge_does_not_know_is_named(tiny_clip: Path, tmp_path: Path) -> None:
