@@ -258,10 +258,21 @@ def open_layout(
         if layout is None:
             layout = recognize(_renamed(layouts, columns or {}), source.columns, source.sample, f"data.path: {path}")
         layout.check_columns(path, source.columns, group_by)
+        _check_renamed(columns or {}, path, source.columns)
     except ValueError as error:
         hint = "; data.cut_pairs: true makes single outputs with labels of pairs" if of_thumbs else ""
         raise ValueError(f"{error}{hint}") from error
     return source, layout
+
+
+def _check_renamed(renamed: Mapping[str, str], path: str, columns: Collection[str]) -> None:
+    """Check that files have the columns that data.columns names, also those that a row can do without."""
+    missing = [f"{column!r} for {name}" for name, column in renamed.items() if column not in columns]
+    if missing:
+        raise ValueError(
+            f"data.columns: {path} has no {' and no '.join(missing)} (found {listed(columns)}); name one of those, or "
+            "leave it out"
+        )
 
 
 def check_files(

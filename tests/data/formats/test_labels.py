@@ -77,6 +77,16 @@ def test_every_layout_of_pairs_has_labels(rows: Any, layout: str) -> None:
     assert labels(pairs) == [Label(0.7, annotator="5")] and not pairs.unread
 
 
+@pytest.mark.parametrize("layout", [*IMAGES, *RESPONSES, "auto"])
+def test_a_renamed_column_that_files_lack_is_refused(rows: Any, layout: str) -> None:
+    """Also if a row can do without it: the labels would otherwise be left out in silence."""
+    row = {**IMAGES, **RESPONSES, "auto": RESPONSES["trl"]}[layout]
+    opened: Any = open_pairs if layout in IMAGES else open_responses
+    sentence = r"^data\.columns: .*rows\.jsonl has no 'prefs' for preference \(found .*strength.*\); name one of those"
+    with pytest.raises(ValueError, match=sentence):
+        opened(layout, rows({**row, "strength": 0.7}), columns={"preference": "prefs"})
+
+
 @pytest.mark.parametrize(
     ("column", "value", "reason"),
     [
