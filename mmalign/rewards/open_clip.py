@@ -153,6 +153,7 @@ def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
             attribute or annotator.
     """
     judge = scorer(load_parts(path, cfg.pretrained), device, cfg.batch_size)
+    path = path if cfg.pretrained is not None else resolve_model(path)  # an architecture of open_clip has no folder
     if cfg.attribute is None:
         return replace(judge, head=_taste(path, cfg.annotator, judge))
     if cfg.annotator is not None:
@@ -162,7 +163,7 @@ def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
 
 def _attribute(path: str, name: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the head of an attribute of a trained judge."""
-    heads = load_heads(Path(resolve_model(path)))
+    heads = load_heads(Path(path))
     known = list(heads.scales) if heads is not None else []
     if heads is None or name not in known:
         raise ValueError(
@@ -175,7 +176,7 @@ def _attribute(path: str, name: str, device: torch.device) -> Callable[[Tensor, 
 
 def _taste(path: str, name: str | int | None, judge: OpenClip) -> Callable[[Tensor, Tensor], Tensor] | None:
     """Return the score by a trained judge's mixture, of an annotator or of all; None for a judge without a mixture."""
-    mixture = load_mixture(Path(resolve_model(path)))
+    mixture = load_mixture(Path(path))
     known = mixture.names if mixture is not None else ()
     if name is not None and str(name) not in known:
         some = ", ".join(known[:LISTED]) + (f" and {len(known) - LISTED} more" if len(known) > LISTED else "")

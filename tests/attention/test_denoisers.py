@@ -129,8 +129,9 @@ def test_adapters_learn_as_before(tiny_sdxl: Path) -> None:
         weights = [p for p in family.network.parameters() if p.requires_grad]
         out = family.predict(family.network, *given(family))
         results.append(torch.cat([g.flatten() for g in torch.autograd.grad(out.square().sum(), weights)]))
-    assert results[0].abs().max() > 0
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+    largest = results[0].abs().max().item()
+    assert largest > 0
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6 * largest)
 
 
 def test_half_precision_is_that_of_autocast(flow_folders: Folders) -> None:
