@@ -156,9 +156,9 @@ def check_python_call(piece: Piece, arguments: Sequence[str]) -> None:
 
 def load_requested(program: Any, options: Any) -> None:
     """Load the recipes that a program of tests.benchmarks would measure."""
-    from tests.benchmarks import against, cases, performance
+    from tests.benchmarks import against, cases, performance, studies
 
-    if program is not performance:
+    if program not in (performance, studies):
         request = against.request_of(options)
         assert against.recipes_of(replace(request, source=cases.content_of(request.source, ROOT)))
 
@@ -266,7 +266,13 @@ def measured_tables() -> list[Piece]:
 
 def test_measured_tables_are_found() -> None:
     pages = {table.page.name for table in measured_tables()}
-    assert pages == {"README.md", "comparison_text_to_image.md", "comparison_vision_language.md", "online.md"}
+    assert pages == {
+        "README.md",
+        "comparison_text_to_image.md",
+        "comparison_vision_language.md",
+        "online.md",
+        "studies.md",
+    }
 
 
 @for_each(measured_tables())
@@ -286,11 +292,11 @@ def test_measured_table_matches_its_source(piece: Piece) -> None:
 
 
 def measures_of(rows: list[Any], method: str, cell: str, *, bold: bool) -> set[tuple[str, int | None]]:
-    """Return the measures, and the numbers of pairs, for which a method's change reads so."""
+    """Return the measures, and the numbers of pairs, for which the change of a method or of a named run reads so."""
     return {
         (label, row["at"])
         for row in rows
-        if row["method"] == method
+        if method in (row["method"], row["name"])
         for label, values in row["measures"].items()
         if in_points(change := values["change"]) == cell and bold == is_beyond_chance(change)
     }

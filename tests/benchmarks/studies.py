@@ -208,19 +208,25 @@ def _first_change(row: Mapping[str, object]) -> float:
     return change
 
 
-def main() -> None:
-    """Run a study from the command line."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line, and check the names of arms."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=sorted(STUDIES))
     parser.add_argument("--output", type=Path, required=True, help="folder of the studies, one below it for each")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", help="some of the arms; the others can follow with the same output")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    arms = STUDIES[options.study](options.output).arms
+    if unknown := sorted(set(options.arms or ()) - set(arms)):
+        parser.error(f"--arms: {', '.join(unknown)}; expected some of {', '.join(arms)}")
+    return options
+
+
+def main() -> None:
+    """Run a study from the command line."""
+    options = parse()
     folder = options.output / options.study
-    study = STUDIES[options.study](folder)
-    if unknown := sorted(set(options.arms or ()) - set(study.arms)):
-        parser.error(f"--arms: {', '.join(unknown)}; expected some of {', '.join(study.arms)}")
-    run(select(study, options.arms), folder, options.seeds)
+    run(select(STUDIES[options.study](folder), options.arms), folder, options.seeds)
 
 
 if __name__ == "__main__":

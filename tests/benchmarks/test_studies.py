@@ -10,7 +10,7 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.data.formats.images import open_pairs
 from mmalign.synthesis.write_image_pairs import write_pairs
 from mmalign.toy import scenes
-from tests.benchmarks.studies import PAIRS, STUDIES, select
+from tests.benchmarks.studies import PAIRS, STUDIES, parse, select
 from tests.benchmarks.study_data import flip_labels, write_best_and_worst, write_objectives
 
 
@@ -61,6 +61,9 @@ def test_some_arms_keep_their_order(tmp_path: Path) -> None:
     study = STUDIES["flipped_labels"](tmp_path)
     assert list(select(study, ["lcpo", "dpo"]).arms) == ["dpo", "lcpo"]
     assert select(study, None) == study
+    assert parse(["flipped_labels", "--arms", "dpo", "--output", "x"]).arms == ["dpo"]
+    with pytest.raises(SystemExit):
+        parse(["flipped_labels", "--arms", "kto", "--output", "x"])
 
 
 @pytest.mark.parametrize("name", sorted(STUDIES))

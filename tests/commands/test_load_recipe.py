@@ -388,8 +388,7 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 def test_yaml_s_merge_keys_still_work(tmp_path: Path) -> None:
     text = yaml.safe_dump({k: v for k, v in LEAST.items() if k != "train"})
-    path = file(tmp_path, f"train: {{<<: &t {{steps: 3, lr: 1e-5}}, lr: 2e-5}}\n{text}")
-    assert load_recipe(path).train.lr == 2e-5
+    assert load_recipe(file(tmp_path, f"train: {{<<: &t {{steps: 3, lr: 1e-5}}, lr: 2e-5}}\n{text}")).train.lr == 2e-5
 
 
 def test_a_bare_off_is_a_word_and_no_truth_value() -> None:
