@@ -135,7 +135,8 @@ def silence_libraries() -> None:
         "ignore", category=UserWarning, module=r"(accelerate|huggingface_hub|diffusers|peft|torch\.utils\.data)\."
     )
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    for library in ("torch.utils._pytree", "xformers"):  # torchao's import warns; mmalign names the attention itself
+    # Imports of torchao and of bitsandbytes on a CPU warn, and mmalign names the attention itself.
+    for library in ("torch.utils._pytree", "bitsandbytes", "xformers"):
         logging.getLogger(library).setLevel("ERROR")
     # The logger's level is for libraries already imported, the environment variable for later imports. Diffusers also
     # logs the errors that it raises.

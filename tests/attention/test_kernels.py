@@ -131,7 +131,7 @@ def test_a_package_that_cannot_be_imported_is_hidden_from_diffusers(
 
 LOADING = """
 import logging, torch, sys
-for name in ("torch.utils._pytree", "torchao", "transformers", "diffusers"):  # warnings about torchao
+for name in ("torch.utils._pytree", "torchao", "bitsandbytes", "transformers", "diffusers"):  # about other packages
     logging.getLogger(name).setLevel("ERROR")
 from mmalign.attention.choice import check
 check("auto", torch.device("cpu"), torch.float32)
