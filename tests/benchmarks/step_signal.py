@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mmalign.commands import _bench_run
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.config import Recipe
 from mmalign.config.methods import SPOConfig
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.walk import Walk
@@ -113,11 +114,16 @@ def image_pairs(path: Path) -> str:
     return f"| pairs of images | {(chosen != rejected).float().mean():.1%} | | {_sides(rejected, chosen, prompts)} |"
 
 
-def main(overrides: Sequence[str]) -> None:
+def parse(arguments: Sequence[str]) -> Recipe:
+    """Return the recipe with the settings of a command line."""
+    return load_recipe(RECIPE, [f"train.batch_size={BATCH}", f"data.limit={PROMPTS}", *arguments])
+
+
+def main() -> None:
     """Print the table."""
     from accelerate import Accelerator
 
-    recipe = load_recipe(RECIPE, [f"train.batch_size={BATCH}", f"data.limit={PROMPTS}", *overrides])
+    recipe = parse(sys.argv[1:])
     cfg = recipe.method
     assert isinstance(cfg, SPOConfig) and cfg.inner_steps == 0
     print("| step | candidates differ | judge is sure | best right | worst right | difference, points |")
@@ -134,4 +140,4 @@ def main(overrides: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
