@@ -196,14 +196,14 @@ def _original_layers(net: ModelMixin, *blocks: tuple[str, str, Block]) -> dict[s
         net: the denoiser.
         blocks: diffusers' name of a list of blocks, the original one, and the layers of a block.
     """
-    known = {name for name, _ in net.named_modules()}
+    known = dict(net.named_modules()).keys()  # in order
     layers = {}
     for ours, theirs, block in blocks:
-        for index in range(len(getattr(net, ours))):
+        for place in (name for name in known if re.fullmatch(rf"{ours}\.\d+", name)):
             for names, name in block.items():
-                parts = [f"{ours}.{index}.{part}" for part in names]
-                if known.issuperset(parts):
-                    layers[f"{theirs}.{index}.{name}"] = parts
+                parts = [f"{place}.{part}" for part in names]
+                if known >= {*parts}:
+                    layers[f"{theirs}{place.removeprefix(ours)}.{name}"] = parts
     return layers
 
 
