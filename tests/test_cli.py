@@ -306,5 +306,5 @@ def test_a_process_prints_its_own_sentences_and_no_librarys(recipe: Path, tmp_pa
         str(tmp_path / "out" / "model"),
         "next",
     ]
-    expected = ("update ", "warning: gradient factor")
+    expected = ("update ", "warning: mean |logit|")
     assert not [line for line in ended.stderr.splitlines() if not line.startswith(expected)]

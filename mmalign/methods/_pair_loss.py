@@ -137,7 +137,8 @@ def with_own_loss(step: Step, name: str, weight: float, own_loss: Tensor, labels
 def preference_metrics(z: Tensor) -> dict[str, Tensor]:
     """Return a comparison's metrics from its logits [B].
 
-    They are accuracy (a tie is half right), the logit and its size, saturation, and the gradient factor.
+    They are accuracy (a tie is half right), the logit and its size, saturation, and the gradient factor of `dpo`,
+    whatever the loss.
     """
     return {
         "accuracy": (z > 0).float() + 0.5 * (z == 0).float(),

@@ -167,8 +167,7 @@ class Reporter:
         The first update says nothing, since every logit is 0. A loss that has hardly moved counts only in the second
         half of the run: before, the learning rate may still be warming up.
         """
-        factor = means.get("gradient factor")
-        if factor is None or self.warned or step == 1:
+        if "gradient factor" not in means or self.warned or step == 1:
             return
         side = next(side for side in (*(first for first, _ in verdict.SIDES), "output") if f"{side} gain" in means)
         broken = verdict.broken({name: [value] for name, value in means.items()}, side)
@@ -181,7 +180,7 @@ class Reporter:
         else:
             return
         self.warned = True
-        logger.warning(f"warning: gradient factor {factor:.2g}, mean |logit| {means['logit size']:.2g}: {problem}")
+        logger.warning(f"warning: mean |logit| {means['logit size']:.2g}: {problem}")
 
 
 class _Numbers(ProgressColumn):

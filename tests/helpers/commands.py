@@ -31,7 +31,7 @@ class Commands:
     def refused(self, command: str, content: Content, *settings: str) -> str:
         """Run a command that must fail with one sentence, and return it; only progress lines may precede it."""
         code, _, err = self._run(command, content, settings)
-        lines = [line for line in err.splitlines() if not line.startswith(("update ", "warning: gradient factor"))]
+        lines = [line for line in err.splitlines() if not line.startswith(("update ", "warning: mean |logit|"))]
         assert code == 1 and len(lines) == 1 and lines[0].startswith("error: "), err
         return lines[0].removeprefix("error: ")
 
