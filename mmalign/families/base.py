@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.attention.choice import SelectedBackend
 from mmalign.config import DecodingConfig, SamplingConfig
 from mmalign.diffusion.noise import Schedule
 from mmalign.families.editing import Editing
@@ -19,6 +18,9 @@ from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.policy.sharding import ShardPlan
 from mmalign.rng import KeyedRNG
+
+if TYPE_CHECKING:  # its kernels import torch.compile's machinery, which takes a second
+    from mmalign.attention.choice import SelectedBackend
 
 
 class Family(Protocol):

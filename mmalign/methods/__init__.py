@@ -152,16 +152,14 @@ def requirements_of(config: MethodConfig) -> Requirements:
     return find(config.name).requirements(config)
 
 
-def remember(method: AnyMethod, config: MethodConfig, policy: Policy, metrics: Mapping[str, Tensor]) -> None:
+def remember(memory: Memory | None, policy: Policy, metrics: Mapping[str, Tensor]) -> None:
     """Update the policy's memory in place from an update's mean metrics; does nothing for a method without memory."""
-    memory = method.requirements(config).memory
     if memory is not None:
         policy.memory.update(memory.remember(policy.memory, {name: float(mean) for name, mean in metrics.items()}))
 
 
-def epoch_rng(method: AnyMethod, cfg: MethodConfig, rng: KeyedRNG) -> KeyedRNG:
+def epoch_rng(spec: PrecomputeSpec | None, rng: KeyedRNG) -> KeyedRNG:
     """Return the epoch's RNG, cycling through `num_draws` epochs if the method precomputes."""
-    spec = method.requirements(cfg).precompute
     return rng if spec is None else replace(rng, epoch=rng.epoch % spec.num_draws)
 
 
@@ -169,7 +167,8 @@ def compute_precomputed(
     method: AnyMethod, policy: Policy, batch: Batch, cfg: MethodConfig, rng: KeyedRNG
 ) -> dict[str, Tensor]:
     """Return the tensors that a method precomputes for a batch, by name, each [B, ...]."""
-    spec, rng = method.requirements(cfg).precompute, epoch_rng(method, cfg, rng)
+    spec = method.requirements(cfg).precompute
+    rng = epoch_rng(spec, rng)
     if spec is not None and spec.compute is not None:
         return spec.compute(policy, batch, cfg, rng)
     return reference_scores_of(method.contrasts(policy, batch, cfg, rng))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.config import MethodConfig
-from mmalign.methods import AnyMethod, Step, epoch_rng, remember
+from mmalign.methods import AnyMethod, Requirements, Step, epoch_rng, remember
 from mmalign.policy import Policy, sharding
 from mmalign.policy.lagging import LaggingCopy
 from mmalign.rng import KeyedRNG
@@ -111,15 +111,15 @@ def train(
         ValueError: an epoch, or `MAX_EMPTY_BATCHES` batches in a row, had nothing to learn from.
     """
     assert not progress.pending, "pending contrasts cannot be recomputed"
-    window = _GradientAccumulator(policy, train_state)
+    needs, window = method.requirements(config), _GradientAccumulator(policy, train_state)
     clock = time.process_time if train_state.accelerator.device.type == "cpu" else time.perf_counter
-    since, hint = clock(), _empty_hint(method, config)
+    since, hint = clock(), _empty_hint(needs)
     while progress.step < steps:
         first = progress.batch
         for batch in batches(progress.epoch, first):
             # Contrasts of the batch, then a backward pass for each and an update for each full window
             rng, begun = KeyedRNG(seed, progress.epoch), clock()
-            contrasts = make_contrasts(method, policy, batch, config, rng)
+            contrasts = make_contrasts(method, policy, batch, config, epoch_rng(needs.precompute, rng))
             progress.contrast_seconds += clock() - begun
             progress.batch, before = progress.batch + 1, progress.step
             location = BatchLocation(progress.epoch, progress.batch, batch.rows)
@@ -130,7 +130,7 @@ def train(
                     window.add(method.loss(policy, contrast, config), location)
                 metrics = window.guarded_update(progress.step) if last else None
                 if metrics is not None:
-                    remember(method, config, policy, metrics)
+                    remember(needs.memory, policy, metrics)
                     progress.step, progress.seconds = progress.step + 1, progress.seconds + clock() - since
                     after_update(progress, metrics)
                     if progress.step == steps:
@@ -142,19 +142,21 @@ def train(
     return progress
 
 
-def _empty_hint(method: AnyMethod, config: MethodConfig) -> str:
+def _empty_hint(needs: Requirements) -> str:
     """Return the method's hint for batches without contrasts, as the end of a sentence."""
-    hint = method.requirements(config).hint_if_empty
-    return f": {hint}" if hint else ""
+    return f": {needs.hint_if_empty}" if needs.hint_if_empty else ""
 
 
 def make_contrasts(
     method: AnyMethod, policy: Policy, batch: Batch, config: MethodConfig, rng: KeyedRNG
 ) -> list[object]:
-    """Return all contrasts of a batch, made without gradients in eval mode; leave the model in train mode."""
+    """Return all contrasts of a batch, made without gradients in eval mode; leave the model in train mode.
+
+    The epoch of `rng` is that of `epoch_rng`.
+    """
     policy.model.eval()
     with torch.no_grad():
-        contrasts = method.contrasts(policy, batch, config, epoch_rng(method, config, rng))
+        contrasts = method.contrasts(policy, batch, config, rng)
     policy.model.train()
     return contrasts
 

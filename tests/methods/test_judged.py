@@ -89,7 +89,7 @@ def test_baseline_is_the_mean_gain_of_the_update_before(sd: Any) -> None:
     cfg = diffusion_kto.Config(**NO_DROPOUT, loss=BCOLossConfig())
     step = run(diffusion_kto, policy, thumbs(pairs(sd), [1.0, 0.0, 1.0, 0.0]), cfg)
     mean = {name: values.mean() for name, values in step.metrics.items()}
-    remember(diffusion_kto, cfg, policy, mean)
+    remember(diffusion_kto.requirements(cfg).memory, policy, mean)
     assert policy.memory == {AVERAGE: pytest.approx(float(mean["output gain"])), "updates": 1.0}
     after = run(diffusion_kto, policy, thumbs(pairs(sd), [1.0, 0.0, 1.0, 0.0]), cfg)
     assert after.metrics["baseline"].tolist() == pytest.approx([float(mean["output gain"])] * 4)
@@ -162,7 +162,7 @@ def updated(method: Any, policy: Any, batch: Any, cfg: Any, updates: int = 2) ->
         assert gradient(policy, step).isfinite().all()
         torch.nn.utils.clip_grad_norm_(policy.trainable(), 1.0)
         optimizer.step()
-        remember(method, cfg, policy, {name: values.mean() for name, values in step.metrics.items()})
+        remember(needs.memory, policy, {name: values.mean() for name, values in step.metrics.items()})
         losses.append(step.losses.mean().item())
     return losses
 

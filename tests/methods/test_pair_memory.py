@@ -145,7 +145,7 @@ def test_methods_learn_and_log_what_the_memory_reads(llava: VisionLanguage) -> N
         given = replace(batch, labels=Labels(torch.ones(3), torch.zeros(3), torch.ones(3), ["kim", "", "lee"]))
         step = run(method, learning, given, cfg)
         means = {name: values.mean() for name, values in step.metrics.items()}
-        methods.remember(method, cfg, learning, means)
+        methods.remember(memory, learning, means)
         changed = {name for name, value in learning.memory.items() if value != memory.start[name]}
         assert changed == {RATE, f"{RATE} of kim", SIZE}
         assert not torch.equal(run(method, learning, given, cfg).losses, step.losses)

@@ -21,6 +21,7 @@ from mmalign.data.loaders.image_pairs import ImagePairLoader, ImagePairReader
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.loaders.sampler import EpochSampler
 from mmalign.data.shapes import Shapes
+from mmalign.methods import epoch_rng
 from mmalign.methods.text_to_image import inpo
 from mmalign.rng import KeyedRNG
 from mmalign.training.loop import make_contrasts
@@ -295,7 +296,8 @@ def contrast(tiny_sd15: Path) -> Callable[[int], Any]:
 
     @torch.no_grad()
     def made(epoch: int) -> Any:
-        return make_contrasts(inpo, policy, pairs(family), cfg, KeyedRNG(5, epoch))[0]
+        rng = epoch_rng(inpo.requirements(cfg).precompute, KeyedRNG(5, epoch))
+        return make_contrasts(inpo, policy, pairs(family), cfg, rng)[0]
 
     return made
 
