@@ -223,8 +223,8 @@ class _Activations:
         method: Any = methods.find(config.name)
         if method.requirements(config).generates:
             # A generated row costs as much as a given one, of which a pair has two
-            made = method.requirements(config).contrasts(size)
-            size = math.ceil(made.pairs * made.rows_per_pair / 2)
+            shape = method.requirements(config).contrasts(size)
+            size = math.ceil(shape.pairs * shape.rows_per_pair / 2)
             of_images = find_method(config.name)[0] == "text_to_image"
             method, config = (diffusion_dpo, DiffusionDPOConfig()) if of_images else (dpo, DPOConfig())
         batch, trained, rng = self.example.batch(size), policy.trainable(), KeyedRNG(self.recipe.train.seed)

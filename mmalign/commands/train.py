@@ -289,10 +289,12 @@ def _failed_batch(error: loop.BadUpdateError, data_module: DataModule) -> tuple[
     """Return the epoch, the batch and the locations of the pairs that failed, on whichever process."""
     from accelerate.utils import gather_object
 
-    location, mine = error.location, list[tuple[int, int, list[str]]]()
+    location, failed = error.location, list[tuple[int, int, list[str]]]()
     if location is not None:
-        mine = [(location.epoch, location.batch, data_module.batch_locations(location.epoch, location.batch - 1))]
-    gathered: list[tuple[int, int, list[str]]] = gather_object(mine)  # all processes raise the error in the same update
+        failed = [(location.epoch, location.batch, data_module.batch_locations(location.epoch, location.batch - 1))]
+    gathered: list[tuple[int, int, list[str]]] = gather_object(
+        failed
+    )  # all processes raise the error in the same update
     return gathered[0]
 
 

@@ -129,12 +129,12 @@ class Choice:
         sections, (base, *several) = self.sections(kind), get_args(kind) or (kind,)
 
         def choose(
-            value: object, of_ours: core_schema.ValidatorFunctionWrapHandler, info: core_schema.ValidationInfo
+            value: object, validate: core_schema.ValidatorFunctionWrapHandler, info: core_schema.ValidationInfo
         ) -> object:
             section = {"name": value} if isinstance(value, str) else value
             if not isinstance(section, Mapping):
                 outside = type(section) in base.__subclasses__() and type(section) not in sections.values()
-                return section if outside or type(section) in several else of_ours(section)
+                return section if outside or type(section) in several else validate(section)
             if "name" not in section:
                 if several and any(str(key) in sections or is_outside(str(key)) for key in section):
                     return _validated(several[0], section, "a sum")
@@ -143,7 +143,7 @@ class Choice:
             if is_outside(name):
                 return _validated(import_class(str(info.field_name), name, base), section, name)
             check_known("unknown name", name, sections)
-            return of_ours(section)
+            return validate(section)
 
         schemas = {name: handler.generate_schema(section) for name, section in sections.items()}
         return core_schema.with_info_wrap_validator_function(

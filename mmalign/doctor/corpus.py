@@ -232,8 +232,12 @@ def normalize(text: str) -> str:
 
 def nearly_same_text(first: str, second: str) -> bool:
     """Return whether two texts differ by case, punctuation, articles or slips of the pen alone."""
-    one, other = ([word for word in normalize(text).split() if word not in _ARTICLES] for text in (first, second))
-    return len(one) == len(other) and all(a == b or _is_slip(a, b) for a, b in zip(one, other, strict=True))
+    words, other_words = (
+        [word for word in normalize(text).split() if word not in _ARTICLES] for text in (first, second)
+    )
+    return len(words) == len(other_words) and all(
+        a == b or _is_slip(a, b) for a, b in zip(words, other_words, strict=True)
+    )
 
 
 def _is_slip(first: str, second: str) -> bool:

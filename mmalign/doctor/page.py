@@ -22,12 +22,12 @@ def write(file: Path, report: Report) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    number = len(report.found)
+    number = len(report.problems)
     page = render(
         "findings.html.jinja",
         title=f"Data doctor: {report.source}",
         lead=f"{report.rows}. {number} of {len(report.findings)} checks found defects.",
-        sections=[_section(finding) for finding in report.found],
+        sections=[_section(finding) for finding in report.problems],
         clean=report.clean,
         not_checked=[(one.check.name, one.not_checked) for one in report.findings if one.not_checked],
     )

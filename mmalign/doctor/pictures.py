@@ -50,9 +50,9 @@ def nearly_equal(first: Image.Image, second: Image.Image) -> bool:
     """Return whether two thumbnails show the same picture."""
     cells = min(first.width, second.width)
     for side, channels, highest in ((cells, slice(0, 1), LUMA), (cells // 2, slice(1, 3), CHROMA)):
-        one, other = (_cells(image, side)[..., channels] for image in (first, second))
-        contrast = max(levels.std((0, 1)).max() for levels in (one, other))
-        if np.abs(one - other).max() > min(highest, _NOISE + _OF_CONTRAST * contrast):
+        levels_first, levels_second = (_cells(image, side)[..., channels] for image in (first, second))
+        contrast = max(levels.std((0, 1)).max() for levels in (levels_first, levels_second))
+        if np.abs(levels_first - levels_second).max() > min(highest, _NOISE + _OF_CONTRAST * contrast):
             return False
     return True
 
@@ -86,5 +86,5 @@ def same_picture(first: ImageRef, second: ImageRef) -> bool:
     """Return whether two images are nearly the same; an unreadable one equals none but itself."""
     if first.key == second.key:
         return True
-    one, other = look(first)[1], look(second)[1]
-    return one is not None and other is not None and nearly_equal(one, other)
+    small, other_small = look(first)[1], look(second)[1]
+    return small is not None and other_small is not None and nearly_equal(small, other_small)

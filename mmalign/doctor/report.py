@@ -33,32 +33,36 @@ class Report:
     findings: Sequence[Finding]
 
     @property
-    def found(self) -> list[Finding]:
+    def problems(self) -> list[Finding]:
         """The findings with places, errors first."""
-        return sorted((one for one in self.findings if one.places), key=lambda one: one.check.level)
+        return sorted((finding for finding in self.findings if finding.places), key=lambda finding: finding.check.level)
 
     @property
     def clean(self) -> list[str]:
         """The names of the checks that ran and found nothing."""
-        return [one.check.name for one in self.findings if not one.places and not one.not_checked]
+        return [finding.check.name for finding in self.findings if not finding.places and not finding.not_checked]
 
     def exit_code(self, fail_on: FailOn) -> int:
         """Return 1 if a finding has the level `fail_on` or a higher one, else 0."""
         levels = {"none": (), "warning": ("error", "warning"), "error": ("error",)}[fail_on]
-        return int(any(one.check.level in levels for one in self.found))
+        return int(any(finding.check.level in levels for finding in self.problems))
 
     def lines(self) -> list[str]:
         """Return the report as lines of text: counts, places, what to do."""
         lines = [f"{self.rows} from {self.source}"]
-        for one in self.found:
-            check, number = one.check, len(one.places)
+        for finding in self.problems:
+            check, number = finding.check, len(finding.places)
             lines.append(f"{check.level}: {check.name} ({number:,}): {check.title}")
-            lines += [f"  {place.location}: {place.detail}" for place in one.places[:_SHOWN]]
+            lines += [f"  {place.location}: {place.detail}" for place in finding.places[:_SHOWN]]
             lines += [f"  and {number - _SHOWN:,} more"] if number > _SHOWN else []
             lines.append(f"  {check.advice}")
         if self.clean:
             lines.append(f"nothing found: {', '.join(self.clean)}")
-        lines += [f"not checked: {one.check.name}: {one.not_checked}" for one in self.findings if one.not_checked]
+        lines += [
+            f"not checked: {finding.check.name}: {finding.not_checked}"
+            for finding in self.findings
+            if finding.not_checked
+        ]
         return lines
 
     def write_json(self, file: Path) -> None:

@@ -43,12 +43,12 @@ def judge_rows(pairs: Sequence[ImagePair], judges: Judges, *, batch_size: int) -
         judges: the judges, by name.
         batch_size: rows that are scored at a time.
     """
-    processes, mine, bad = current_processes(), list[JudgedRow](), list[SkippedRow]()
+    processes, judged, bad = current_processes(), list[JudgedRow](), list[SkippedRow]()
     for index, start in enumerate(tracked(range(0, len(pairs), batch_size), "judge images")):
         if processes.is_mine(index):
             numbers = range(start, min(start + batch_size, len(pairs)))
-            mine += _judge_batch({number: pairs[number] for number in numbers}, judges, bad)
-    shares = processes.gather((mine, bad))
+            judged += _judge_batch({number: pairs[number] for number in numbers}, judges, bad)
+    shares = processes.gather((judged, bad))
     skipped = [row for _, rows in shares for row in rows]
     if skipped:
         logger.warning(f"{len(skipped)} images cannot be read; their rows are left out: {format_rows(skipped)}")

@@ -74,8 +74,8 @@ def read_rows(path: str | Path) -> tuple[list[Located], EmbeddedImages | None]:
 
 
 def _tables(path: str) -> list[Path]:
-    found = Path(locate(path))
-    files = found.rglob(f"*{_SUFFIX}") if found.is_dir() else map(Path, glob.glob(str(found)))
+    place = Path(locate(path))
+    files = place.rglob(f"*{_SUFFIX}") if place.is_dir() else map(Path, glob.glob(str(place)))
     if not (tables := sorted(files)):
         raise ValueError(f"{path} matches no file; expected *{_SUFFIX}, a folder of them, or JSON records")
     return tables

@@ -140,8 +140,8 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
         responses: Sequence[str],
         truths: Truths | None = None,
     ) -> Tensor:
-        def question(row: int, one: int, other: int) -> str:
-            texts = {"prompt": prompts[row], "first": responses[one], "second": responses[other]}
+        def question(row: int, left: int, right: int) -> str:
+            texts = {"prompt": prompts[row], "first": responses[left], "second": responses[right]}
             return fill(cfg.response_question, **texts)
 
         def odds(pairs: Sequence[tuple[int, int]]) -> Tensor:

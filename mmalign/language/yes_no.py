@@ -254,10 +254,10 @@ def _read_sentence(sentence: str, *, is_first: bool) -> Reading | None:
 
 def _read_words(sentence: str, *, is_first: bool) -> Reading | None:
     """Return the reading of the words yes and no, where they are answers; "no dog" is one at the very beginning."""
-    said = set[Reading]()
+    readings = set[Reading]()
     for index, clause in enumerate(map(str.strip, _CLAUSE_END.split(sentence))):
         if re.search(rf"\b{_YES}\b", clause):
-            said.add("yes")
+            readings.add("yes")
         if re.search(rf"(?:^|\s){_NO}$", clause) or (is_first and index == 0 and re.match(rf"{_NO}\b", clause)):
-            said.add("no")
-    return "unclear" if len(said) == 2 else next(iter(said), None)
+            readings.add("no")
+    return "unclear" if len(readings) == 2 else next(iter(readings), None)

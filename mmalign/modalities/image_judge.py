@@ -204,9 +204,9 @@ def _fill_features(family: ImageJudge, recipe: Recipe, splits: Splits, accelerat
     cache = ArrayCache.open(cache_folder(recipe.data, Path(recipe.output)) / "features", depends)
     images = {ref.key: ref for pairs in splits if pairs is not None for pair in pairs for ref in pair.outputs}
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    mine = [images[key] for key in cache.share(images, rank=rank, world_size=world_size)]
-    steps = encode_features(mine, family.preprocess, family.inputs, recipe.data.num_workers)
-    fill(cache, steps, len(mine), "encode images", accelerator)
+    share = [images[key] for key in cache.share(images, rank=rank, world_size=world_size)]
+    steps = encode_features(share, family.preprocess, family.inputs, recipe.data.num_workers)
+    fill(cache, steps, len(share), "encode images", accelerator)
     return cache
 
 

@@ -46,8 +46,8 @@ class LaggingCopy:
 
     def load(self, weights: Sequence[Tensor]) -> None:
         """Load the copy of a checkpoint."""
-        for mine, saved in zip(self.weights, weights, strict=True):
-            mine.copy_(saved)
+        for weight, saved in zip(self.weights, weights, strict=True):
+            weight.copy_(saved)
 
 
 def mixed_share(step: int, *, every: int, mix: float, ramp: float | None, flat: int) -> float:

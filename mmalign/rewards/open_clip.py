@@ -179,9 +179,9 @@ def _taste(path: str, name: str | int | None, judge: OpenClip) -> Callable[[Tens
     mixture = load_mixture(Path(path))
     known = mixture.names if mixture is not None else ()
     if name is not None and str(name) not in known:
-        some = ", ".join(known[:LISTED]) + (f" and {len(known) - LISTED} more" if len(known) > LISTED else "")
+        listed = ", ".join(known[:LISTED]) + (f" and {len(known) - LISTED} more" if len(known) > LISTED else "")
         raise ValueError(
-            f"reward open_clip: annotator: {path} has no {str(name)!r} (it has {some or 'none'}); name one of its "
+            f"reward open_clip: annotator: {path} has no {str(name)!r} (it has {listed or 'none'}); name one of its "
             "annotators, or leave it out for the mean of all"
         )
     if mixture is None:

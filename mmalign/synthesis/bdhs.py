@@ -115,16 +115,16 @@ class ResponseSampler:
                     keys.append(stable_hash(str(row.row), str(attempt), str(place)))
                     masks += [hidden[number]] if hidden is not None else []
         if not prompts:
-            return [GeneratedText(joined(some, [])) for some in parts]
+            return [GeneratedText(joined(texts, [])) for texts in parts]
         masked = masks if hidden is not None else None
         answers = self.family.generate(
             self.net, prompts, features, decoding, rows=keys, rng=self.rng, hidden=masked, stop=stop
         )
         rest, results = iter(answers), list[GeneratedText]()
-        for some in parts:
-            own = [next(rest) for part in some if isinstance(part, Opening)]
+        for texts in parts:
+            own = [next(rest) for part in texts if isinstance(part, Opening)]
             results.append(
-                GeneratedText(joined(some, own, whole=self.whole_sentences), any(answer.is_cut for answer in own))
+                GeneratedText(joined(texts, own, whole=self.whole_sentences), any(answer.is_cut for answer in own))
             )
         return results
 

@@ -79,9 +79,9 @@ def several_generated(
         sampler.sample(list(rows.values()), [WHOLE] * len(rows), features, decoding, attempt)
         for attempt in range(1, number + 1)
     ]
-    for row, said in zip(rows, zip(*answers, strict=True), strict=True):
-        texts = list(dict.fromkeys(filter(None, (answer.text.strip() for answer in said))))
-        num_cut = sum(answer.is_cut for answer in said)
+    for row, candidates in zip(rows, zip(*answers, strict=True), strict=True):
+        texts = list(dict.fromkeys(filter(None, (answer.text.strip() for answer in candidates))))
+        num_cut = sum(answer.is_cut for answer in candidates)
         same = f"has {len(texts)} different answers of {number}; raise prepare.judged.temperature"
         reason = CUT_REASON if num_cut and not texts else same
         results[row] = Candidates(texts, {CUT: num_cut} if num_cut else {}) if len(texts) > 1 else reason
@@ -350,6 +350,6 @@ def nearest(vectors: Tensor, number: int) -> list[list[int]]:
         cosines = block @ vectors.T
         best = cosines.masked_fill(cosines >= COPY, -torch.inf).topk(min(number, len(vectors)))
         for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            ranked = sorted(zip(values, places, strict=True), key=lambda one: (-one[0], one[1]))
+            ranked = sorted(zip(values, places, strict=True), key=lambda neighbour: (-neighbour[0], neighbour[1]))
             neighbours.append([place for value, place in ranked if value > -torch.inf])
     return neighbours

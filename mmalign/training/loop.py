@@ -293,13 +293,13 @@ class _GradientAccumulator:
         """
         train_state, accelerator = self.train_state, self.train_state.accelerator
         # Flag for non-finite losses, weight and sums of metrics, reduced in one call
-        names, told = sorted(self.sums), sorted(self.summaries)
+        names, summaries = sorted(self.sums), sorted(self.summaries)
         assert isinstance(self.weight, Tensor), "a window has a contrast"
         bad = torch.stack([~finite for _, finite in self.locations]).any().to(self.weight.dtype)
-        mine = torch.stack(
-            [bad, self.weight, *(self.sums[n] for n in names), *(x for n in told for x in self.summaries[n])]
+        packed_share = torch.stack(
+            [bad, self.weight, *(self.sums[n] for n in names), *(x for n in summaries for x in self.summaries[n])]
         )
-        packed = accelerator.reduce(mine, reduction="sum")
+        packed = accelerator.reduce(packed_share, reduction="sum")
         broken, weight = packed[:2].tolist()
         if broken:
             location = next((location for location, finite in self.locations if not finite), None)
@@ -337,5 +337,5 @@ class _GradientAccumulator:
         self._clear()
         self.used, self.summaries = True, {}
         sums, of_rows = packed[2 : 2 + len(names)] / total, packed[2 + len(names) :].view(-1, 2)
-        metrics = dict(zip([*names, *told], [*sums, *(of_rows[:, 0] / of_rows[:, 1])], strict=True))
+        metrics = dict(zip([*names, *summaries], [*sums, *(of_rows[:, 0] / of_rows[:, 1])], strict=True))
         return metrics | {"gradient norm": norm, "lr": torch.tensor(rate)}

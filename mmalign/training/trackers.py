@@ -43,10 +43,10 @@ def charts(means: Mapping[str, float]) -> Charts:
 
 def log_curves(accelerator: Accelerator, means: Mapping[str, float], step: int, prefix: str = "") -> None:
     """Log the chosen and rejected curves beside the reference's: as one chart in TensorBoard, else as one group."""
-    found = {prefix + name: lines for name, lines in charts(means).items()}
-    flat = {f"{name}/{line}": value for name, lines in found.items() for line, value in lines.items()}
-    for tracker in accelerator.trackers if found else ():
-        tracker.log(found if tracker.name == "tensorboard" else flat, step=step)
+    curves = {prefix + name: lines for name, lines in charts(means).items()}
+    flat = {f"{name}/{line}": value for name, lines in curves.items() for line, value in lines.items()}
+    for tracker in accelerator.trackers if curves else ():
+        tracker.log(curves if tracker.name == "tensorboard" else flat, step=step)
 
 
 def init_trackers(accelerator: Accelerator, name: str, recipe: Mapping[str, object]) -> None:

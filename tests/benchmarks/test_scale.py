@@ -21,9 +21,9 @@ def test_operations_of_a_pair_do_not_depend_on_the_batch(tiny_sd15: Path, tmp_pa
     options = ["--values", "1", "4", "--repeats", "1", "--json", str(numbers), "--plot", str(plot)]
     scale.main(["pairs", str(file), *options])
     reports = json.loads(numbers.read_text())
-    one, four = (reports[value]["runs"][MMALIGN] for value in ("1", "4"))
-    assert (one["num_pairs"], four["num_pairs"]) == (1, 4)
-    assert 4 * sum(one["operations"].values()) == sum(four["operations"].values())
+    single, four = (reports[value]["runs"][MMALIGN] for value in ("1", "4"))
+    assert (single["num_pairs"], four["num_pairs"]) == (1, 4)
+    assert 4 * sum(single["operations"].values()) == sum(four["operations"].values())
     with Image.open(plot) as image:
         assert image.format == "PNG" and image.width > image.height > 100
 
@@ -72,8 +72,8 @@ def test_processes_share_the_work(tiny_sd15: Path, tmp_path: Path) -> None:
     forked.preload()
     request = Request(recipes.diffusion_in(tiny_sd15, tmp_path))
     reports = scale.scale("processes", request, [1, 2], repeats=1)
-    one, two = (report.runs[MMALIGN] for report in reports.values())
-    assert (one.num_pairs, two.num_pairs) == (2, 4) and one.operations == two.operations
+    single, two = (report.runs[MMALIGN] for report in reports.values())
+    assert (single.num_pairs, two.num_pairs) == (2, 4) and single.operations == two.operations
     _, megabytes = scale.costs_of_a_pair(reports, by_processes=True).values()
     assert megabytes[MMALIGN][1] == pytest.approx(megabytes[MMALIGN][0], rel=0.2)  # reduced gradients need buffers
     assert reports[2].machine["seconds"] == "wall clock"

@@ -35,7 +35,7 @@ def rows_found(report: Report) -> dict[str, list[int]]:
         finding.check.name: sorted(
             {int(number) for place in finding.places for number in re.findall(r"line (\d+)", place.location)}
         )
-        for finding in report.found
+        for finding in report.problems
     }
 
 
@@ -56,14 +56,14 @@ def write(request: pytest.FixtureRequest, vlm_folders: Folders) -> Callable[...,
 def test_every_planted_defect_is_found(write: Callable[..., Any], tmp_path: Path) -> None:
     corpus, recipe = write(tmp_path / "corpus", True)
     report = examined(recipe, tmp_path)
-    found = rows_found(report)
-    assert found == {name: sorted(rows) for name, rows in corpus.planted.items()}
+    places = rows_found(report)
+    assert places == {name: sorted(rows) for name, rows in corpus.planted.items()}
     assert [finding.check.name for finding in report.findings if finding.not_checked] == []
 
 
 def test_nothing_is_found_in_the_clean_twin(write: Callable[..., Any], tmp_path: Path) -> None:
     report = examined(write(tmp_path / "corpus", False)[1], tmp_path)
-    assert report.found == [] and len(report.clean) == len(report.findings) >= 12
+    assert report.problems == [] and len(report.clean) == len(report.findings) >= 12
 
 
 def test_every_check_has_a_planted_defect(tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_exit_code_follows_the_findings(tmp_path: Path) -> None:
     code, printed = run(rows, "--json", tmp_path / "report.json")
     assert code == 1 and "near_identical (1)" in printed and "trl.jsonl: line 5" in printed
     report = json.loads((tmp_path / "report.json").read_text())
-    found = {check["name"]: check["places"] for check in report["checks"] if check["status"] == "found"}
-    assert [place["location"] for place in found.pop("near_identical")] == ["trl.jsonl: line 5"] and not found
+    places = {check["name"]: check["places"] for check in report["checks"] if check["status"] == "found"}
+    assert [place["location"] for place in places.pop("near_identical")] == ["trl.jsonl: line 5"] and not places
     assert {check["status"] for check in report["checks"] if check["name"] == "template"} == {"not checked"}
     for option in (["--fail-on", "error"], ["--fail-on", "none"], ["--ignore", "near_identical"]):
         assert run(rows, *option)[0] == 0
@@ -135,14 +135,14 @@ def test_tables_of_image_pairs_are_examined(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "bad.parquet")
     # The helper's chosen images are all larger or smaller than the rejected ones, in odd rows
     report = examine(open_files([str(tmp_path / "bad.parquet")]), "test", ignore=["image_sizes"])
-    found = {finding.check.name: [place.location for place in finding.places] for finding in report.found}
-    assert found == {
+    places = {finding.check.name: [place.location for place in finding.places] for finding in report.problems}
+    assert places == {
         "ties": ["bad.parquet: row 1"],
         "unusable": ["bad.parquet: row 2"],
         "identical": ["bad.parquet: row 3"],
         "unreadable": ["bad.parquet: row 4, jpg_1", "bad.parquet: row 5, jpg_0"],
     }
-    assert not examine(open_files([str(clean)]), "test", ignore=["image_sizes"]).found
+    assert not examine(open_files([str(clean)]), "test", ignore=["image_sizes"]).problems
 
 
 def test_images_of_both_sides_are_compared(tmp_path: Path) -> None:

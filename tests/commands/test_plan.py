@@ -130,7 +130,7 @@ def test_updates_of_generated_images_are_counted_by_contrasts() -> None:
         needs = requirements_of(recipe.method)
         assert needs.contrasts(16) == (16, pairs, 2) and needs.contrasts(3) == (4, 3 * pairs // 4, 2)
         assert pairs_per_update(recipe.train, needs, 2) == 2 * 4 * pairs
-        told = describe_updates(recipe.train, needs, 1600, 1)
+        lines = describe_updates(recipe.train, needs, 1600, 1)
         assert (
-            "a batch of 16 gives up to 16 contrasts; update: 1 process x 4 contrasts; an epoch has 400 updates" in told
+            "a batch of 16 gives up to 16 contrasts; update: 1 process x 4 contrasts; an epoch has 400 updates" in lines
         )

@@ -88,8 +88,8 @@ def test_two_processes_generate_images_as_one(tiny_sd15: Path, tmp_path: Path) -
         "sampling": {"steps": 1, "guidance": 1.0, "batch_size": 2},
     }
     made = [tmp_path / f"{name}.parquet" for name in ("one", "two")]
-    one, two = (recipes.diffusion(tiny_sd15, path, tmp_path / "out", prepare=section) for path in made)
-    prepare.prepare(load_recipe(one))
+    single, two = (recipes.diffusion(tiny_sd15, path, tmp_path / "out", prepare=section) for path in made)
+    prepare.prepare(load_recipe(single))
     launch(tmp_path, "prepare", two)
     assert made[1].read_bytes() == made[0].read_bytes() and not list(tmp_path.glob("*unfinished*"))
     # The same trained model, evaluated by one and by two processes

@@ -92,9 +92,9 @@ def test_square_images_make_the_batches_of_one_size(tmp_path: Path, keep_last: b
 def test_processes_share_a_global_batch_of_one_shape(keep_last: bool) -> None:
     shapes = [str(number % 3) for number in range(40)]
     ranks = [EpochSampler(40, 3, 0, rank, 2, keep_last, shapes) for rank in (0, 1)]
-    for one, other in zip(ranks[0].plan(1), ranks[1].plan(1), strict=True):
-        assert len(one) == len(other) == 3
-        assert len({shapes[number] for number, _ in one + other}) == 1
+    for first, second in zip(ranks[0].plan(1), ranks[1].plan(1), strict=True):
+        assert len(first) == len(second) == 3
+        assert len({shapes[number] for number, _ in first + second}) == 1
     numbers = [n for sampler in ranks for batch in sampler.plan(1) for n, weight in batch if weight]
     assert len(numbers) == len(set(numbers)) == (40 if keep_last else 36)
     assert sorted(numbers) == [number for _, number in ranks[0].taken(2 * len(ranks[0]), 8) if _ == 1]

@@ -84,8 +84,8 @@ def test_steps_outside_the_window_are_deterministic(schedule: Schedule) -> None:
 
 def test_candidates_of_one_place_differ_in_noise_alone() -> None:
     schedule, x = Flow(), START[:1]
-    one = walk(schedule, eta=0.7)
-    predicted = one.prediction(x, 3)
-    law = step(schedule, predicted[0], x[0], *(one.times[i].expand(2) for i in (3, 4)), 0.7)
-    candidates = one.step(x, 3, predicted, candidates=5)
+    noisy = walk(schedule, eta=0.7)
+    predicted = noisy.prediction(x, 3)
+    law = step(schedule, predicted[0], x[0], *(noisy.times[i].expand(2) for i in (3, 4)), 0.7)
+    candidates = noisy.step(x, 3, predicted, candidates=5)
     torch.testing.assert_close((candidates - law.mean) / law.std, noise(5, 3), rtol=1e-4, atol=1e-4)

@@ -53,9 +53,9 @@ def test_outputs_and_gradients_are_those_of_peft(dropout: float) -> None:
         output = model(torch.randn(3, 6))
         output.square().sum().backward()
         results += [{"output": output, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}]
-    theirs, mine = results
-    assert theirs.keys() == mine.keys() and len(mine) == 1 + 2 * 3
-    for name, x in theirs.items():
+    of_peft, mine = results
+    assert of_peft.keys() == mine.keys() and len(mine) == 1 + 2 * 3
+    for name, x in of_peft.items():
         torch.testing.assert_close(mine[name], x, rtol=1e-4, atol=1e-5)
 
 

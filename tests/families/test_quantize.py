@@ -64,8 +64,8 @@ def test_a_quantized_base(name: str, kind: Any, request: pytest.FixtureRequest, 
     layer = next(iter(layers))
     own: Any = whole.model.get_submodule(layer)
     quantize_(own, Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
-    for mine, theirs in zip(plain_tensors(layers[layer].weight), plain_tensors(own.weight), strict=True):
-        assert torch.equal(mine, theirs)
+    for mine, own_tensor in zip(plain_tensors(layers[layer].weight), plain_tensors(own.weight), strict=True):
+        assert torch.equal(mine, own_tensor)
     # The loss, and gradients of the adapters alone
     whole = policy_of(recipe_of(folders(name), tmp_path, vlm))
     loss = loss_of(policy, vlm)

@@ -33,7 +33,9 @@ SCALARS = st.one_of(
     st.none(), st.booleans(), st.sampled_from(HUGE), st.floats(), st.sampled_from(ODD_TEXTS), st.text(max_size=8)
 )
 VALUES = st.recursive(
-    SCALARS, lambda one: st.lists(one, max_size=3) | st.dictionaries(st.text(max_size=4), one, max_size=3), max_leaves=6
+    SCALARS,
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(max_size=4), values, max_size=3),
+    max_leaves=6,
 )
 
 
@@ -126,8 +128,8 @@ def changed_value(value: Any, rng: Random) -> Any:
         case "rename":
             container.insert(key, container[key])
         case "wrap":
-            one = container[key]
-            container[key] = rng.choice(([one], {"a": one}, [one, one], str(one)))
+            member = container[key]
+            container[key] = rng.choice(([member], {"a": member}, [member, member], str(member)))
         case "deep":
             container[key] = nested(rng.choice((50, 900)))
     return value

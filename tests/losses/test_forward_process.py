@@ -85,8 +85,8 @@ def test_on_policy_nft_and_awm_have_the_advantage_s_gradient() -> None:
 
 def test_awm_is_the_release_s() -> None:
     for i, expected in enumerate(VALUES["awm clip .1"]):
-        one = slice(i, i + 1)
-        close(forward_process.awm(error(NEW)[:, one], error(OLD)[:, one], ADVANTAGE[:, one], clip=0.1)[0], expected)
+        row = slice(i, i + 1)
+        close(forward_process.awm(error(NEW)[:, row], error(OLD)[:, row], ADVANTAGE[:, row], clip=0.1)[0], expected)
 
 
 def test_awm_beyond_its_clip_has_no_gradient_on_the_favoured_side() -> None:

@@ -182,8 +182,8 @@ def test_cca_at_weight_1_pulls_at_first_as_dpo_does() -> None:
 def test_policy_at_reference_has_known_loss_and_gradient(name: str, start: float) -> None:
     extra = {"flip_rate": 0.2} if name == "robust" else {}
     chosen = torch.tensor([0.3, -2.0], requires_grad=True)
-    ours = Pair(chosen, torch.tensor([0.1, 5.0]))
-    values = getattr(pairwise, name)(ours, Pair(chosen.detach(), ours.rejected), beta=0.5, **extra)
+    policy = Pair(chosen, torch.tensor([0.1, 5.0]))
+    values = getattr(pairwise, name)(policy, Pair(chosen.detach(), policy.rejected), beta=0.5, **extra)
     values.sum().backward()
     assert_close(values.detach(), torch.full((2,), start))
     assert (chosen.grad < 0).all()

@@ -70,5 +70,5 @@ def trl_loss(logps: Tensor, old: Tensor, reference: Tensor, beta: float, level: 
 def test_losses_are_trl_s(level: str) -> None:
     reference = OLD + torch.tensor([[0.3, -0.2, 0.1], [0.0, 0.4, 0.0]])
     own = clipped(ratios(LOGPS, OLD, MASK, level), A, 0.1, 0.28) + 0.04 * k3(LOGPS, reference)  # type: ignore[arg-type]
-    theirs = trl_loss(LOGPS, OLD, reference, 0.04, level, 0.1, 0.28)
-    torch.testing.assert_close(own[MASK], theirs.expand(2, 3)[MASK], rtol=0, atol=1e-12)
+    expected = trl_loss(LOGPS, OLD, reference, 0.04, level, 0.1, 0.28)
+    torch.testing.assert_close(own[MASK], expected.expand(2, 3)[MASK], rtol=0, atol=1e-12)

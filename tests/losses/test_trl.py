@@ -79,9 +79,9 @@ CASES = {
 def test_a_pair_loss_is_trl_s(name: str) -> None:
     loss, options = CASES[name]
     cfg = DPOConfig(beta=BETA, loss=loss, score="mean" if name == "sigmoid_norm" else "auto")
-    theirs = trl_dpo([name], [1.0], **options)
-    ours = bound_link(cfg)(*(MEANS if cfg.mean else SUMS))
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    expected = trl_dpo([name], [1.0], **options)
+    losses = bound_link(cfg)(*(MEANS if cfg.mean else SUMS))
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_sum_is_trl_s() -> None:
@@ -90,11 +90,11 @@ def test_a_sum_is_trl_s() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [("js", "js_divergence"), ("forward_kl",) * 2, ("alpha", "alpha_divergence")]
+    ("divergence", "trl_name"), [("js", "js_divergence"), ("forward_kl",) * 2, ("alpha", "alpha_divergence")]
 )
-def test_a_divergence_is_trl_s(ours: Any, theirs: str) -> None:
-    cfg = DPOConfig(beta=BETA, divergence=ours)
-    values = trl_dpo(["sigmoid"], [1.0], f_divergence_type=theirs)
+def test_a_divergence_is_trl_s(divergence: Any, trl_name: str) -> None:
+    cfg = DPOConfig(beta=BETA, divergence=divergence)
+    values = trl_dpo(["sigmoid"], [1.0], f_divergence_type=trl_name)
     torch.testing.assert_close(bound_link(cfg)(*SUMS), values, rtol=1e-4, atol=1e-6)
 
 
@@ -105,8 +105,8 @@ def test_losses_without_a_reference_are_trl_s() -> None:
         ("sigmoid", SUMS, pairwise.cpo),
     ):
         trainer = SimpleNamespace(loss_type=name, simpo_gamma=0.5, **settings)
-        theirs = trainers().cpo.cpo_loss(trainer, *scores[0])[0]
-        torch.testing.assert_close(wrappers.without_reference(partial(loss, beta=2.0))(*scores), theirs)
+        expected = trainers().cpo.cpo_loss(trainer, *scores[0])[0]
+        torch.testing.assert_close(wrappers.without_reference(partial(loss, beta=2.0))(*scores), expected)
     ratio = trainers().orpo.odds_ratio_loss(SimpleNamespace(**settings), *MEANS[0])[0]
-    ours = wrappers.without_reference(partial(pairwise.orpo, beta=2.0))(*MEANS)
-    torch.testing.assert_close(ours, -MEANS[0].chosen - ratio, rtol=1e-5, atol=1e-6)
+    losses = wrappers.without_reference(partial(pairwise.orpo, beta=2.0))(*MEANS)
+    torch.testing.assert_close(losses, -MEANS[0].chosen - ratio, rtol=1e-5, atol=1e-6)

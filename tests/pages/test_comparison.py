@@ -72,6 +72,6 @@ def test_tables_name_their_number_of_comparisons(rows: list[TableRow]) -> None:
 
 def test_bold_survives_the_correction() -> None:
     """A change with an interval without 0 is bold alone, and not beside another with the same p-value."""
-    one, two = (table({name: ("dpo", runs(0.41)) for name in names}) for names in (["x"], ["x", "y"]))
-    assert two[1].changes[0].high < 0 and two[1].changes[0].p_holm == pytest.approx(2 * (one[1].changes[0].p or 0))
-    assert ["**-7.5 [" in as_markdown(rows, "mmalign compare") for rows in (one, two)] == [True, False]
+    single, two = (table({name: ("dpo", runs(0.41)) for name in names}) for names in (["x"], ["x", "y"]))
+    assert two[1].changes[0].high < 0 and two[1].changes[0].p_holm == pytest.approx(2 * (single[1].changes[0].p or 0))
+    assert ["**-7.5 [" in as_markdown(rows, "mmalign compare") for rows in (single, two)] == [True, False]

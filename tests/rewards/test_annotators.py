@@ -66,10 +66,10 @@ def test_a_distance_and_its_loss_by_hand() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_with_one_prototype_all_share_one_judge(form: Form) -> None:
     images, prompts = vectors(4, 3), vectors(1, 4).expand(4, -1)
-    one, two = (
+    single, two = (
         [scores(mixture(form, k), [name] * 4, images, prompts) for name in ("ann", "ben", "nobody")] for k in (1, 2)
     )
-    assert torch.equal(one[0], one[1]) and torch.equal(one[0], one[2])
+    assert torch.equal(single[0], single[1]) and torch.equal(single[0], single[2])
     assert not torch.allclose(two[0], two[1])
 
 

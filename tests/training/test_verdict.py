@@ -113,8 +113,8 @@ def test_pairs_known_by_heart_are_no_success() -> None:
 
 def test_one_value_decides_nothing() -> None:
     assert mean_of([3.0]).sign == 0 and mean_of([3.0, 3.1]).sign == 1
-    one = {name: values[:1] for name, values in sides(0.05, -0.02).items()}
-    assert verdict(one).startswith("no difference")
+    first = {name: values[:1] for name, values in sides(0.05, -0.02).items()}
+    assert verdict(first).startswith("no difference")
 
 
 @pytest.mark.parametrize(

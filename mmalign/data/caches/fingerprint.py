@@ -134,8 +134,8 @@ def fingerprint_tokenizer(family: Any) -> str:
     Settings matter: SDXL's say whether the empty prompt is encoded as zeros or as the text "".
     """
     pipeline = getattr(family, "pipeline", None)
-    parts, told = getattr(pipeline, "components", {}), dict(getattr(pipeline, "config", {}))
-    settings = {name: value for name, value in told.items() if name not in parts}
+    parts, options = getattr(pipeline, "components", {}), dict(getattr(pipeline, "config", {}))
+    settings = {name: value for name, value in options.items() if name not in parts}
     files = {name: fingerprint_files(part) for name, part in parts.items() if _reads(name) and part is not None}
     return fingerprint_settings({**files, "settings": _lasting(settings)})
 

@@ -76,16 +76,16 @@ def fill_features(
     """
     images_by_key = {ref.key: ref for ref in images}
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    mine = [images_by_key[key] for key in cache.share(images_by_key, rank=rank, world_size=world_size)]
-    steps = _encode(family, mine, num_workers)
+    share = [images_by_key[key] for key in cache.share(images_by_key, rank=rank, world_size=world_size)]
+    steps = _encode(family, share, num_workers)
     head = list[Items]()
-    while not any(head) and len(head) < len(mine):
+    while not any(head) and len(head) < len(share):
         head.append(next(steps))
-    expected = sum(map(num_bytes, head)) * len(mine) * world_size
+    expected = sum(map(num_bytes, head)) * len(share) * world_size
     is_short = torch.tensor([expected > SHARE * shutil.disk_usage(cache.folder).free], device=accelerator.device)
     if accelerator.reduce(is_short.int(), reduction="sum"):
         return False
-    fill(cache, chain(head, steps), len(mine), "encode images", accelerator)
+    fill(cache, chain(head, steps), len(share), "encode images", accelerator)
     return True
 
 

@@ -115,9 +115,9 @@ class ImageViews:
                 if next(iter(keys)) in seen:
                     continue
                 # Share images as `ArrayCache.share` shares keys
-                mine = len(seen) % world_size == rank
+                is_own = len(seen) % world_size == rank
                 seen.add(next(iter(keys)))
-                if mine and cache.missing(keys):
+                if is_own and cache.missing(keys):
                     uncached.append((number, side))
         return uncached
 

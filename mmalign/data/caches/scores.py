@@ -112,8 +112,8 @@ class CachedResponseJudge:
         truths: Truths | None = None,
     ) -> Tensor:
         """Return scores [N], float32, on the CPU; with true answers they are stored under these as well."""
-        said = [""] * len(prompts) if truths is None else [json.dumps(list(texts)) for texts in truths]
-        rows = zip(question_keys(images, prompts), responses, said, strict=True)
+        truth_keys = [""] * len(prompts) if truths is None else [json.dumps(list(texts)) for texts in truths]
+        rows = zip(question_keys(images, prompts), responses, truth_keys, strict=True)
         keys = [_digest(f"response {len(asked)} {len(text)} ", asked, text, truth) for asked, text, truth in rows]
         return self.cache.scores(keys, partial(self._judge, images, prompts, responses, truths))
 
@@ -125,8 +125,8 @@ class CachedResponseJudge:
         truths: Truths | None,
         rows: Sequence[int],
     ) -> Tensor:
-        some = _pick(images, rows), _pick(prompts, rows), _pick(responses, rows)
-        return self.judge(*some) if truths is None else self.judge(*some, _pick(truths, rows))
+        columns = _pick(images, rows), _pick(prompts, rows), _pick(responses, rows)
+        return self.judge(*columns) if truths is None else self.judge(*columns, _pick(truths, rows))
 
 
 def _pick(column: Sequence[T], rows: Sequence[int]) -> list[T]:

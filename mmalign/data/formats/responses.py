@@ -208,17 +208,17 @@ def _index(
             dropped.append(SkippedRow(row.location, str(error), error.defect))
             continue
         tied += [row.location] * ties
-        for number, one in enumerate(parsed_rows, start=1):
+        for number, unplaced in enumerate(parsed_rows, start=1):
             location = row.location if len(parsed_rows) == 1 else f"{row.location}, {_PART[learning]} {number}"
             try:
-                parsed = _with_image_places(one, is_prompt=learning == "prompts")
+                parsed = _with_image_places(unplaced, is_prompt=learning == "prompts")
                 for image in parsed.all_images:
                     reader.check(image, row.folders)
-                said = label(layout.own_names(row.record), scores=parsed.compared)
+                row_label = label(layout.own_names(row.record), scores=parsed.compared)
             except UnusableRowError as error:
                 dropped.append(SkippedRow(location, str(error), error.defect))
                 continue
-            entries.append(IndexedRow(parsed, location, group, row.folders, said))
+            entries.append(IndexedRow(parsed, location, group, row.folders, row_label))
     return entries, dropped, tied
 
 

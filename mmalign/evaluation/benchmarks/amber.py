@@ -288,9 +288,9 @@ def score_discriminative(
 
 
 def _count(item: DiscriminativeItem, answer: str, parse: Parse) -> dict[str, bool]:
-    said, unclear = parse(answer), parse_strict(answer) is None
-    no, true_no = said is False, not item.answer
-    values = (True, true_no, said is True, no, no and true_no, said is item.answer, unclear)
+    reading, unclear = parse(answer), parse_strict(answer) is None
+    no, true_no = reading is False, not item.answer
+    values = (True, true_no, reading is True, no, no and true_no, reading is item.answer, unclear)
     return dict(zip(_COUNTS, values, strict=True))
 
 

@@ -114,7 +114,7 @@ def caption_benchmark(
         def rate(answer: str) -> RatedAnswer:
             match = chair.match_objects(answer, truth, vocabulary)
             spans = tuple((mention.start, mention.end) for mention in match.invented)
-            return _rate_caption(answer, len(match.found), len(truth), len(match.invented), spans)
+            return _rate_caption(answer, len(match.present), len(truth), len(match.invented), spans)
 
         return Item(question, ", ".join(sorted(truth)) or "no object", rate)
 
@@ -203,10 +203,10 @@ def open_folder(folder: str | Path, questions: Sequence[Question]) -> Images:
 def _yes_no_item(question: Question, parse: pope.Parse) -> Item:
     def rate(answer: str) -> RatedAnswer:
         # A person cannot read an unclear answer, whatever the parser takes it for
-        said, is_clear = parse(answer), parse_strict(answer) is not None
-        is_right = is_clear and said is question.answer
+        reading, is_clear = parse(answer), parse_strict(answer) is not None
+        is_right = is_clear and reading is question.answer
         # A yes about an absent object is an invention as a whole
-        invented = ((0, len(answer)),) if is_clear and said and not question.answer else ()
+        invented = ((0, len(answer)),) if is_clear and reading and not question.answer else ()
         note = "right" if is_right else "wrong" if is_clear else "unclear"
         return RatedAnswer(answer, float(is_right), note, invented)
 

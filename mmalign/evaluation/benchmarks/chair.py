@@ -43,7 +43,7 @@ class ObjectMatch:
 
     mentions: tuple[Mention, ...]
     invented: tuple[Mention, ...]
-    found: frozenset[str]
+    present: frozenset[str]
 
 
 def match_objects(text: str, objects: Collection[str], vocabulary: Vocabulary) -> ObjectMatch:
@@ -112,7 +112,7 @@ def count_mentions(
                 "mentions": len(set(words) if distinct else words),
                 "invented mentions": len(set(invented_words) if distinct else invented_words),
                 "true objects": len(set(objects)),
-                "found objects": len(match.found),
+                "found objects": len(match.present),
                 "words per response": len(response.text.split()),
             }
         )

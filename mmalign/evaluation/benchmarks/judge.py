@@ -181,8 +181,10 @@ def agreement(comparisons: Comparisons, first: str, second: str) -> tuple[Interv
     Each comparison counts in both orders of its sides. So both sides are preferred equally often, and kappa, with ties
     as a third verdict, does not depend on the order.
     """
-    one, two = comparisons.verdicts(first), comparisons.verdicts(second)
-    counts = np.stack([one == two, one == 0.5, two == 0.5, np.ones_like(one)], axis=-1).astype(np.float64)
+    verdicts, other_verdicts = comparisons.verdicts(first), comparisons.verdicts(second)
+    counts = np.stack(
+        [verdicts == other_verdicts, verdicts == 0.5, other_verdicts == 0.5, np.ones_like(verdicts)], axis=-1
+    ).astype(np.float64)
 
     def kappa(sums: Values) -> Values:
         equal, tie_one, tie_two = (sums[..., number] / sums[..., 3] for number in range(3))

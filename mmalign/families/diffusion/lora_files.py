@@ -46,7 +46,7 @@ def sd3_weights(weights: Weights, net: ModelMixin) -> Weights:
     Raises:
         ValueError: the file names a layer that the network lacks.
     """
-    rows, found = _sd3_rows(net), Weights()
+    rows, renamed = _sd3_rows(net), Weights()
     known = {underscored(layer) for layer, _ in rows.values()}
     if unknown := sorted({name.partition(".")[0] for name in weights} - known):
         raise ValueError(f"its layer {unknown[0]} is none of a {type(net).__name__}")
@@ -55,9 +55,9 @@ def sd3_weights(weights: Weights, net: ModelMixin) -> Weights:
         if (key := f"{name}.lora_down.weight") in weights:
             down, up = weights[key], weights[f"{name}.lora_up.weight"]
             scale = float(weights.get(f"{name}.alpha", torch.tensor(len(down)))) / len(down)
-            found[f"transformer.{layer}.lora_A.weight"] = down
-            found[f"transformer.{layer}.lora_B.weight"] = up[places] * scale
-    return found
+            renamed[f"transformer.{layer}.lora_A.weight"] = down
+            renamed[f"transformer.{layer}.lora_B.weight"] = up[places] * scale
+    return renamed
 
 
 def _sd3_rows(net: ModelMixin) -> dict[str, tuple[str, Tensor]]:

@@ -198,12 +198,12 @@ def _original_layers(net: ModelMixin, *blocks: tuple[str, str, Block]) -> dict[s
     """
     known = dict(net.named_modules()).keys()  # in order
     layers = {}
-    for ours, theirs, block in blocks:
-        for place in (name for name in known if re.fullmatch(rf"{ours}\.\d+", name)):
+    for list_name, original, block in blocks:
+        for place in (name for name in known if re.fullmatch(rf"{list_name}\.\d+", name)):
             for names, name in block.items():
                 parts = [f"{place}.{part}" for part in names]
                 if known >= {*parts}:
-                    layers[f"{theirs}{place.removeprefix(ours)}.{name}"] = parts
+                    layers[f"{original}{place.removeprefix(list_name)}.{name}"] = parts
     return layers
 
 

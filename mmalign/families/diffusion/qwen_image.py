@@ -73,9 +73,12 @@ class QwenImage(flow_matching.PackedModel):
 def guided(cond: Conditioning, empty: Conditioning | None, scale: float) -> dict[str, object]:
     """Return the pipeline's arguments for prompts, against the negative ones if there are any."""
     text: dict[str, object] = {"true_cfg_scale": scale}
-    for sign, some in (("", cond), ("negative_", empty)):
-        if some is not None:
-            text |= {f"{sign}prompt_embeds": some.tensors["embeds"], f"{sign}prompt_embeds_mask": some.tensors["mask"]}
+    for sign, embedded in (("", cond), ("negative_", empty)):
+        if embedded is not None:
+            text |= {
+                f"{sign}prompt_embeds": embedded.tensors["embeds"],
+                f"{sign}prompt_embeds_mask": embedded.tensors["mask"],
+            }
     return text
 
 

@@ -163,7 +163,7 @@ def online_contrasts(
 
     `reference_guidance` is the guidance scale of the reference's prediction.
     """
-    generated, made = generate(policy, batch, cfg.generation, rng), list[Contrast]()
+    generated, contrasts = generate(policy, batch, cfg.generation, rng), list[Contrast]()
     scale, clip, size = cfg.advantages.scale, cfg.advantages.clip, cfg.generation.batch_size
     values = advantages(generated.rewards, scale=scale, clip=clip, weights=batch.weights, total=policy.total)
     for index in range(cfg.generation.noisings):
@@ -172,10 +172,10 @@ def online_contrasts(
             of_policy, of_reference = (
                 _predict(policy.family, batch[part], view, guidance, size) for guidance in (1.0, reference_guidance)
             )
-            moved = bool(made) or policy.old is not None  # since the policy predicted this
+            moved = bool(contrasts) or policy.old is not None  # since the policy predicted this
             old, reference = of_policy(policy.unwrapped) if moved else None, policy.on_reference(of_reference)
-            made.append(Contrast(view, old, reference, values[part], generated.weights[part], generated.summary))
-    return made
+            contrasts.append(Contrast(view, old, reference, values[part], generated.weights[part], generated.summary))
+    return contrasts
 
 
 def _predict(

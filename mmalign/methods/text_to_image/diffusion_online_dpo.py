@@ -46,15 +46,15 @@ def requirements(cfg: Config) -> Requirements:
 
 def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Generate the images of a batch; return contrasts of the best and the worst, one noising after another."""
-    generated, made, family = generate(policy, batch, cfg.generation, rng), list[Contrast](), policy.family
+    generated, contrasts, family = generate(policy, batch, cfg.generation, rng), list[Contrast](), policy.family
     everyone = torch.arange(len(batch.rows), device=generated.rewards.device)
     ends = generated.latents[torch.stack([generated.rewards.argmax(1), generated.rewards.argmin(1)]), everyone]
     for index in range(cfg.generation.noisings):
         for part in parts(len(batch.rows), cfg.generation.prompts_per_contrast):
             view = noise_images(family, batch[part], ends[:, part], rng, index)
             scores = policy.on_reference(partial(denoising_scores, family, view=view))
-            made.append(Contrast(_denoising.Contrast(view, scores, generated.weights[part]), generated.summary))
-    return made
+            contrasts.append(Contrast(_denoising.Contrast(view, scores, generated.weights[part]), generated.summary))
+    return contrasts
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:

@@ -115,7 +115,7 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, r
     path, generated, times = sample_path(policy, batch, cfg, rng)
     scale, clip = cfg.advantages.scale, cfg.advantages.clip
     values = advantages(generated.rewards, scale=scale, clip=clip, weights=batch.weights, total=policy.total)
-    made, family, k = list[Contrast](), policy.family, cfg.generation.images
+    contrasts, family, k = list[Contrast](), policy.family, cfg.generation.images
     for number in range(len(path.starts)):
         for part in parts(len(batch.rows), cfg.generation.prompts_per_contrast):
             sub, index = batch[part], path.first[part] + number
@@ -125,8 +125,8 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, r
             view = Transitions(starts, times[index].repeat(k), times[index + 1].repeat(k), ends, text)
             reference = policy.on_reference(partial(step_law, family, cfg, view))
             weights = generated.weights[part]
-            made.append(Contrast(view, Gaussian(means, stds), reference, values[part], weights, generated.summary))
-    return made
+            contrasts.append(Contrast(view, Gaussian(means, stds), reference, values[part], weights, generated.summary))
+    return contrasts
 
 
 def sample_path(

@@ -127,11 +127,11 @@ def answer(
     return Answered(batch, [rows[k : k + number] for k in range(0, len(rows), number)], rewards, weights, summary)
 
 
-def _row(family: VisionLanguage, prompt: TokenizedResponse, said: GeneratedText) -> TokenizedResponse | None:
+def _row(family: VisionLanguage, prompt: TokenizedResponse, answer: GeneratedText) -> TokenizedResponse | None:
     """Return a question with an answer; None for an answer that holds tokens of images, or no token at all."""
-    row = TokenizedResponse((*prompt.ids, *said.ids), len(prompt.ids), prompt.images)
+    row = TokenizedResponse((*prompt.ids, *answer.ids), len(prompt.ids), prompt.images)
     more = len(family.processor.image_token_positions(row)) - len(family.processor.image_token_positions(prompt))
-    return row if said.ids and not more else None
+    return row if answer.ids and not more else None
 
 
 def _placeholder(prompt: TokenizedResponse) -> TokenizedResponse:

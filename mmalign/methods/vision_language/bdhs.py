@@ -227,10 +227,14 @@ def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config,
     texts = [_Texts(pair.chosen, pair.rejected) for pair in batch.pairs]
     own = torch.zeros_like(batch.weights)
     pairs = zip(answerable, first, second, strict=True)
-    told_apart = [_Sampled(number, one, other) for number, one, other in pairs if one and other and one != other]
-    for (number, one, other), better in zip(told_apart, _preferences(batch, mixed, told_apart), strict=True):
+    distinct = [
+        _Sampled(number, text, other_text)
+        for number, text, other_text in pairs
+        if text and other_text and text != other_text
+    ]
+    for (number, text, other_text), better in zip(distinct, _preferences(batch, mixed, distinct), strict=True):
         if better:
-            texts[number] = _Texts(one, other) if better > 0 else _Texts(other, one)
+            texts[number] = _Texts(text, other_text) if better > 0 else _Texts(other_text, text)
             own[number] = 1.0
     return _contrast(policy.family, batch, texts, cfg.gamma, {"own pairs": own[batch.weights > 0]}, three=False)
 

@@ -59,17 +59,17 @@ def requirements(cfg: Config) -> Requirements:
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Generate and judge the answers to a batch; return the contrasts of one pass after another."""
-    answered, family, made = answer(policy, batch, cfg.generation, rng), policy.family, list[Contrast]()
+    answered, family, contrasts = answer(policy, batch, cfg.generation, rng), policy.family, list[Contrast]()
     values = _advantages(cfg, answered.rewards, batch.weights, policy.total)
     once = answered.parts(cfg.generation.questions_per_contrast)
     for questions in once:
         every = [(k, b) for k in range(cfg.generation.answers) for b in questions]
         given = answered.select(family, questions, every)
-        moves = bool(made) or cfg.generation.updates > 1
+        moves = bool(contrasts) or cfg.generation.updates > 1
         score = partial(family.token_logps, tokens=given.tokens, features=given.features)
         old, reference = score(policy.unwrapped) if moves else None, policy.on_reference(score)
-        made.append(Contrast(given, values[questions].T.flatten(), old, reference, answered.summary))
-    return made * cfg.generation.updates
+        contrasts.append(Contrast(given, values[questions].T.flatten(), old, reference, answered.summary))
+    return contrasts * cfg.generation.updates
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:

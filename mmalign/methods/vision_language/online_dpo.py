@@ -48,12 +48,12 @@ def requirements(cfg: Config) -> Requirements:
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Generate and judge the answers to a batch; return the contrasts of one pass after another."""
-    answered, made = answer(policy, batch, cfg.generation, rng, cfg.mixture), list[Contrast]()
+    answered, contrasts = answer(policy, batch, cfg.generation, rng, cfg.mixture), list[Contrast]()
     ends = [answered.rewards.argmax(1).tolist(), answered.rewards.argmin(1).tolist()]
     for questions in answered.parts(cfg.generation.questions_per_contrast):
         given = answered.select(policy.family, questions, [(end[b], b) for end in ends for b in questions])
-        made.append(Contrast(_responses.Contrast(given, _reference_scores(policy, given, cfg)), answered.summary))
-    return made * cfg.generation.updates
+        contrasts.append(Contrast(_responses.Contrast(given, _reference_scores(policy, given, cfg)), answered.summary))
+    return contrasts * cfg.generation.updates
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:

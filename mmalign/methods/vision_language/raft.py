@@ -50,13 +50,13 @@ def requirements(cfg: Config) -> Requirements:
 
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Generate and judge the answers to a batch; return the contrasts of one pass after another."""
-    answered, made = answer(policy, batch, cfg.generation, rng), list[Contrast]()
+    answered, contrasts = answer(policy, batch, cfg.generation, rng), list[Contrast]()
     kept = selected(cfg, answered.rewards, rng.uniform(batch.rows, (cfg.generation.answers,), "rejection"))
     for questions in answered.parts(cfg.generation.questions_per_contrast):
         question, k = kept[questions].nonzero().T
         places = [(number, questions[n]) for n, number in zip(question.tolist(), k.tolist(), strict=True)]
-        made.append(Contrast(answered.select(policy.family, questions, places), question, answered.summary))
-    return made * cfg.generation.updates
+        contrasts.append(Contrast(answered.select(policy.family, questions, places), question, answered.summary))
+    return contrasts * cfg.generation.updates
 
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:

@@ -80,10 +80,9 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
 
     num_kept, num_groups = _write_sure(path, section, repeated, images, scores, couples)
     processes.gather(None)
-    noun, made = "prompt pairs" if section.prompt_pairs else "prompts", "lists" if section.keep_all else "pairs"
-    logger.info(
-        f"{path}: {num_kept} {made} of {num_groups} {noun}, from {len(images)} images in {time.time() - started:.0f} s"
-    )
+    source, result = "prompt pairs" if section.prompt_pairs else "prompts", "lists" if section.keep_all else "pairs"
+    seconds = f"{time.time() - started:.0f} s"
+    logger.info(f"{path}: {num_kept} {result} of {num_groups} {source}, from {len(images)} images in {seconds}")
     return path
 
 

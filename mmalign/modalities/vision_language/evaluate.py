@@ -176,10 +176,10 @@ def judge_answers(benchmark: Benchmark, answers: Sequence[AnswersByPart], judge:
     A question that several parts ask has one answer of each, which is judged once.
     """
     keys = [(question.image, question.text) for question in benchmark.questions]
-    said = [dict(zip(keys, _flat(parts), strict=True)) for parts in answers]
+    responses_to = [dict(zip(keys, _flat(parts), strict=True)) for parts in answers]
     images, distinct = {name: benchmark.images(name) for name, _ in keys}, list(dict.fromkeys(keys))
     shown = [[images[name]] for name, _ in distinct] * len(answers)
-    responses = [texts[key] for texts in said for key in distinct]
+    responses = [texts[key] for texts in responses_to for key in distinct]
     scores = judge(shown, [text for _, text in distinct] * len(answers), responses).view(len(answers), -1).tolist()
     judged = [dict(zip(distinct, own, strict=True)) for own in scores]
     return [

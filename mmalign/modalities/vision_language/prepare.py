@@ -290,7 +290,7 @@ def _judged_pair(
     pair: ResponsePair, ranking: Sequence[tuple[str, float]], origin: Mapping[str, object], *, keep_all: bool
 ) -> SynthesizedPair:
     """Return the best and the worst of scored answers, the earliest of equal ones, or all of them."""
-    (best, high), (worst, low) = (choose(ranking, key=lambda one: one[1]) for choose in (max, min))
+    (best, high), (worst, low) = (choose(ranking, key=lambda entry: entry[1]) for choose in (max, min))
     scored = replace(pair, chosen=best)
     return SynthesizedPair(scored, worst, "", None, origin, (high, low), ranking if keep_all else ())
 
@@ -317,8 +317,8 @@ def _summary(
     dropped: Sequence[SkippedRow],
     work: Work,
 ) -> str:
-    source, made = _nouns(section)
-    text = f"{len(entries) - len(dropped):,} {made} of {len(entries):,} {source}"
+    source, noun = _nouns(section)
+    text = f"{len(entries) - len(dropped):,} {noun} of {len(entries):,} {source}"
     if pairs.skipped:
         text += f"; {len(pairs.skipped):,} rows of the source cannot be used ({format_rows(pairs.skipped)})"
     if dropped:

@@ -30,7 +30,7 @@ def test_match_objects_of_a_description() -> None:
     match = chair.match_objects(RESPONSES[0].text, TRUTH["1"], COCO)
     assert [mention.object for mention in match.mentions] == ["person", "dog", "dog", "cat"]
     assert [(mention.word, mention.start, mention.end) for mention in match.invented] == [("cat", 36, 39)]
-    assert match.found == {"person", "dog"}
+    assert match.present == {"person", "dog"}
 
 
 def test_score_by_hand() -> None:

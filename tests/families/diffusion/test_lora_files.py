@@ -46,8 +46,10 @@ def test_sd3_in_the_names_of_sd_scripts(flow_folders: Folders, tmp_path: Path) -
         assert alpha == len(a) == (6 if "qkv" in name else 2)
         checkpoint |= {f"{layer}.weight": b @ a, f"{layer}.bias": torch.zeros(len(b))}
     changes = convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
-    for ours, adapter in trained.items():
-        torch.testing.assert_close(changes[f"{ours}.weight"], adapter.get_delta_weight("default"), rtol=1e-5, atol=1e-5)
+    for layer_name, adapter in trained.items():
+        torch.testing.assert_close(
+            changes[f"{layer_name}.weight"], adapter.get_delta_weight("default"), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_sd3_with_keys_in_the_place_of_queries_is_refused(

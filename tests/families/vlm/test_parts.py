@@ -70,10 +70,10 @@ def test_gradients_reach_tower_and_projector(name: str, vlm_folders: Folders) ->
         assert torch.equal(logps(family, responses), logps(base, responses))
     assert (logps(family, responses) - logps(base, responses)).abs().max() > 1e-3
     # A gradient by finite differences, of a weight of the tower and one of the projector
-    found = gradients(family)
+    by_name = gradients(family)
     for between in (True, False):
-        layer, p = _largest(family, found, between)
-        index = int(found[layer].abs().argmax())
+        layer, p = _largest(family, by_name, between)
+        index = int(by_name[layer].abs().argmax())
         total = []
         for step in (1e-3, -1e-3):
             with torch.no_grad():
@@ -81,19 +81,19 @@ def test_gradients_reach_tower_and_projector(name: str, vlm_folders: Folders) ->
                 total.append(logps(family, [*rows(family), *rows(family, ("tall", "wide"))]).sum().item())
                 p.view(-1)[index] -= step
         slope = (total[0] - total[1]) / 2e-3
-        assert found[layer].flatten()[index].item() == pytest.approx(slope, rel=0.02)  # float32
+        assert by_name[layer].flatten()[index].item() == pytest.approx(slope, rel=0.02)  # float32
     # Recomputed activations give the same gradients
     family.network.train()
     family.enable_gradient_checkpointing()
     for layer, x in gradients(family).items():
-        torch.testing.assert_close(x, found[layer], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(x, by_name[layer], rtol=1e-3, atol=1e-4)
 
 
-def _largest(family: Any, found: dict[str, Tensor], between: bool) -> tuple[str, torch.nn.Parameter]:
+def _largest(family: Any, by_name: dict[str, Tensor], between: bool) -> tuple[str, torch.nn.Parameter]:
     """Return the trained weight of tower or projector with the largest gradient."""
     of_part = {
         name: x
-        for name, x in found.items()
+        for name, x in by_name.items()
         if not name.startswith(family._decoder) and bool(BETWEEN.search(name)) == between
     }
     name = max(of_part, key=lambda name: of_part[name].abs().max().item())

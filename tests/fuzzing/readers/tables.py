@@ -76,8 +76,12 @@ def tables(draw: st.DrawFn, sound: Columns) -> Files:
         columns[name] = arrays()[draw(st.integers(0, len(arrays()) - 1))]
     if draw(st.booleans()):
         columns[draw(st.sampled_from(["", "extra", "caption "]))] = columns.pop(draw(st.sampled_from(sorted(columns))))
-    told = [None, {b"huggingface": b"{"}, {b"huggingface": b'{"info": {"features": {"jpg_0": {"_type": "Audio"}}}}'}]
-    return in_parquet(columns, draw(st.sampled_from([None, None, *told])))
+    metadata = [
+        None,
+        {b"huggingface": b"{"},
+        {b"huggingface": b'{"info": {"features": {"jpg_0": {"_type": "Audio"}}}}'},
+    ]
+    return in_parquet(columns, draw(st.sampled_from([None, None, *metadata])))
 
 
 def read(folder: Path, layout: str) -> None:

@@ -121,12 +121,12 @@ def test_published_divergence_is_shorter_by_the_step(sd: TextToImage) -> None:
     policy = full(sd)
     contrast = made(policy, config())[0]
     moved(policy)
-    nothing, ours, published = (
+    nothing, corrected, published = (
         flow_grpo.loss(policy, contrast, config(**options)).losses.detach()
         for options in ({"kl": 0.0}, {"kl": 1e3}, {"kl": 1e3, "published_kl": True})
     )
     length = (contrast.view.t - contrast.view.prev).view(3, 3)[0] / 1000
-    torch.testing.assert_close(published - nothing, (ours - nothing) * length, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(published - nothing, (corrected - nothing) * length, rtol=1e-3, atol=1e-5)
 
 
 def test_a_window_longer_than_the_sampler_is_refused() -> None:
