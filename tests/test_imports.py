@@ -187,6 +187,12 @@ def test_losses_need_torch_alone() -> None:
 
 
 @pytest.mark.slow
+def test_methods_load_no_compiler() -> None:
+    """Its import takes a second, which every test of a loss would pay."""
+    loaded_by("import sys, mmalign.methods\nassert 'torch._dynamo' not in sys.modules")
+
+
+@pytest.mark.slow
 def test_command_line_imports_nothing_heavy() -> None:
     heavy = {"diffusers", "transformers", "datasets", "open_clip", "torchvision"}
     assert not loaded_by("import mmalign, mmalign.cli, mmalign.rewards.open_clip") & heavy

@@ -105,15 +105,15 @@ def load_family(model: Model, options: Loading) -> ImageJudge:
 def describe_head(model: Model) -> dict[str, str]:
     """Return the part of the network that is trained, if it is not all of it, the attributes and the mixture."""
     assert isinstance(model, ImageJudgeModel)
-    told, mixture = dict[str, str](), model.annotators
+    parts, mixture = dict[str, str](), model.annotators
     if model.head is not None:
-        told["head"] = model.head
+        parts["head"] = model.head
     if model.attributes:
-        told["attributes"] = json.dumps(model.attributes)
+        parts["attributes"] = json.dumps(model.attributes)
     if mixture is not None:
         names = f"{len(mixture.names)} annotators ({stable_hash(*mixture.names):x})"
-        told["annotators"] = f"{mixture.prototypes} prototypes by {mixture.form}, {names}"
-    return told
+        parts["annotators"] = f"{mixture.prototypes} prototypes by {mixture.form}, {names}"
+    return parts
 
 
 def name_annotators(recipe: Recipe, pairs: Pairs[ImagePair]) -> Recipe:

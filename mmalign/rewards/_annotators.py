@@ -113,8 +113,8 @@ def load_mixture(folder: Path) -> AnnotatorMixture | None:
     with one_sentence(f"{folder / FILE}: cannot be read", folder / FILE, "train the judge again"):
         content = load_file(folder / FILE)
         with safe_open(folder / FILE, "pt") as file:
-            told = parse_as(_About, (file.metadata() or {}).get("annotators", "").encode())
+            settings = parse_as(_About, (file.metadata() or {}).get("annotators", "").encode())
         prototypes, width = content["points"].shape
-        mixture = AnnotatorMixture(told["names"], width, prototypes=prototypes, form=told["form"])
+        mixture = AnnotatorMixture(settings["names"], width, prototypes=prototypes, form=settings["form"])
         mixture.load_state_dict(content)
     return mixture

@@ -47,6 +47,6 @@ def audit(
         )
         numbers = {"own": own.as_dict(), "mean": mean.as_dict()}
         part[title] = {"annotators": len(members), "pairs": len(where), **numbers}
-        told = f"{title} ({len(members)})"
-        table.append((told, str(len(where)), own.points(signed=False), mean.points(signed=False)))
+        label = f"{title} ({len(members)})"
+        table.append((label, str(len(where)), own.points(signed=False), mean.points(signed=False)))
     return part, table if len(table) > 1 else Table()
