@@ -100,7 +100,9 @@ def write(
         CheckpointError: the disk is full or the folder cannot be written. Earlier checkpoints stay intact.
     """
     final = folder / name(step)
+    # A diverged run has a score that `_About` would refuse to read
     score = score if score is not None and math.isfinite(score) else None
+    # What killed processes left behind gives its space to the new checkpoint
     _sweep(folder)
     with atomic_write(final, marker=_ABOUT) as part:
         part.mkdir(parents=True)
@@ -109,9 +111,11 @@ def write(
             torch.save(state, part / _STATE)
         except RuntimeError as error:  # torch's own error for a full disk
             raise OSError(str(error)) from error
+        # Hashes of the files as written, by which `read` recognizes damage
         hashes = {path.name: _hash(path) for path in sorted(part.iterdir())}
         about = _About(step, score, resumable, dict(identity), record or Record(), hashes)
         (part / _ABOUT).write_text(json.dumps(asdict(about), indent=1), encoding="utf-8")
+    # Old ones go once the new one is complete: `_prune` hides them, `_sweep` deletes what is hidden
     _prune(folder, keep_checkpoints)
     _sweep(folder)
     return final
@@ -170,6 +174,7 @@ def read(path: Path, identity: Mapping[str, str] | None) -> Checkpoint:
         DamagedCheckpointError: a file does not hold what was written, or its weights are not finite.
         ValueError: the checkpoint belongs to another run, or the system cannot read it now.
     """
+    # Its description: missing or broken is damage, while a failing disk may work again
     try:
         about = _about(path)
     except FileNotFoundError as error:
@@ -178,6 +183,7 @@ def read(path: Path, identity: Mapping[str, str] | None) -> Checkpoint:
         raise _unreadable(path, error) from error
     except ValueError as error:
         raise DamagedCheckpointError(f"{path}: is damaged ({_ABOUT}: {error})") from error
+    # Options of both identities, since a key may be new or gone
     identity = about.identity if identity is None else identity
     differs = [key for key in {**about.identity, **identity} if about.identity.get(key) != identity.get(key)]
     if differs:
@@ -187,6 +193,7 @@ def read(path: Path, identity: Mapping[str, str] | None) -> Checkpoint:
             f"{path}: belongs to another run ({saved_identity}; this one has {current_identity}); use another output "
             "folder, or the settings of that run"
         )
+    # Its tensors, after the hashes of both files
     try:
         for name in _HASHED:
             if _hash(path / name) != about.hashes.get(name):
@@ -202,6 +209,7 @@ def read(path: Path, identity: Mapping[str, str] | None) -> Checkpoint:
     # For a damaged file torch alone raises four kinds of error, and safetensors another.
     except Exception as error:
         raise DamagedCheckpointError(f"{path}: is damaged ({_first_line(error)})") from error
+    # Hashes prove what was written, not that it was finite
     broken = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
     if broken is not None:
         raise DamagedCheckpointError(f"{path}: is damaged ({broken} is not finite)")

@@ -32,6 +32,7 @@ class RunInfo:
         missing = [name for name in needed if name not in self.identity]
         if missing:
             raise ValueError(f"identity has no {missing[0]!r}")
+        # A number of rows that is none fails here, not at its first use
         _ = self.rows_per_batch
 
     @property
@@ -46,9 +47,11 @@ def export(folder: Path, run: TrainingRun) -> None:
     The weights are their moving average, if the run has one. All processes call it together; the main one writes.
     """
     policy, ema, accelerator = run.policy, run.train_state.ema, run.train_state.accelerator
+    # Shards cannot be saved: they are gathered into the skeleton
     net = policy.unwrapped if policy.skeleton is None else policy.skeleton
     if ema is not None:
         ema.swap(policy.trainable())
+    # A collective operation: all processes take part, and the main one keeps the weights
     if policy.skeleton is not None:
         sharding.fill(policy.skeleton, policy.unwrapped, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
@@ -58,6 +61,7 @@ def export(folder: Path, run: TrainingRun) -> None:
             write_run_info(part, RunInfo(run.progress.step, run.progress.seconds, run.identity, run.record, verdict))
     if ema is not None:
         ema.swap(policy.trainable())
+    # No process reads the folder before it is complete
     accelerator.wait_for_everyone()
 
 

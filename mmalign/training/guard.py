@@ -42,12 +42,14 @@ class Guard:
         """Return what is bad about a finite update; empty for a good one, which enters the mean norm."""
         if self.max_loss is not None and loss > self.max_loss:
             return f"the loss of {loss:.4g} is above train.guard.max_loss: {self.max_loss:g}"
+        # The first updates only fill the mean
         if self.max_grad_norm_ratio is not None and self.number >= FIRST:
             ratio = norm / self.mean_norm if self.mean_norm else math.inf
             if ratio > self.max_grad_norm_ratio:
                 return (
                     f"the gradient norm of {norm:.4g} is {ratio:.3g} times its mean (train.guard.max_grad_norm_ratio)"
                 )
+        # A plain mean of the first updates, then a moving one
         decay = min(DECAY, self.number / (self.number + 1))
         self.mean_norm, self.number = decay * self.mean_norm + (1 - decay) * norm, self.number + 1
         return ""

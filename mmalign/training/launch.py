@@ -58,6 +58,7 @@ def check_launch(options: Train) -> None:
 
 def _check_fsdp(options: Train) -> None:
     """Refuse a launch with FSDP whose run would not be sharded as requested."""
+    # Without FSDP_VERSION accelerate means version 1
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise ValueError(
@@ -69,6 +70,7 @@ def _check_fsdp(options: Train) -> None:
             "train.sharding: the launch asks for FSDP (ACCELERATE_USE_FSDP), and the recipe for none, so every process "
             "would hold the whole model; set train.sharding: fsdp2"
         )
+    # Options that the run would ignore
     for name, satisfied in FSDP_OPTIONS.items():
         value = os.environ.get(name, satisfied[0])
         if value.lower() not in satisfied:
@@ -104,6 +106,7 @@ def _check_accelerate(options: Train) -> None:
 
 def _check_processes() -> None:
     """Refuse a launch that asked for more processes than it started, or than there are GPUs."""
+    # The environment of `accelerate launch` for several processes, without the rank that each would have
     started = any(name in os.environ for name in SIZES)
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and not started:
         raise ValueError(
@@ -111,6 +114,7 @@ def _check_processes() -> None:
             "not); on CPUs use ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m mmalign, on GPUs accelerate "
             "launch --multi_gpu, or ask for --num_processes 1"
         )
+    # Every process needs a GPU of its own, if there are any
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if 0 < gpus < here and not _is_set("ACCELERATE_USE_CPU"):
         raise ValueError(
@@ -156,6 +160,7 @@ def connect(rank_timeout: float | None = None, **options: Any) -> Accelerator:
         options["kwargs_handlers"] = [InitProcessGroupKwargs(timeout=timedelta(minutes=rank_timeout))]
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # `mmalign.policy.sharding` does what accelerate's FSDP would
         accelerator = Accelerator(**options)
+    # Processes of a launcher that accelerate does not know would each believe to be alone
     launched = int(next((os.environ[name] for name in SIZES if name in os.environ), "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -196,10 +201,12 @@ def process_lost(error: RuntimeError, minutes: float, saved: str) -> ConnectionE
         minutes: the limit of a process's silence.
         saved: how to resume, as the end of a sentence.
     """
+    # The libraries have no common type of error for it, so their words count as well
     is_library = isinstance(error, torch.distributed.DistError)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not (is_library or any(x in str(error).lower() for x in _LOST)):
         return None
     rank, size = os.environ.get("RANK", "0"), int(os.environ["WORLD_SIZE"])
+    # Of two processes the other one is known
     who = f"process {1 - int(rank)}" if size == 2 else f"another of {size} processes"
     return ConnectionError(
         f"launch: {who} ended or stopped answering (process {rank} waits at most limits.rank_timeout: {minutes:g} "

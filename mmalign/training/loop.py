@@ -135,8 +135,10 @@ def train(
                     after_update(progress, metrics)
                     if progress.step == steps:
                         return progress
+                    # The callback's saving and evaluation are not counted
                     since = clock()
             window.end_batch(progress, hint, updated=progress.step > before)
+        # Only an epoch that began with its first batch can be said to teach nothing
         window.end_epoch(progress, hint, whole=first == 0)
         progress.epoch, progress.batch = progress.epoch + 1, 0
     return progress
@@ -255,6 +257,7 @@ class _GradientAccumulator:
         self.train_state.accelerator.backward((step.losses * step.weights).sum())
         self.count += 1
         self.weight = self.weight + step.weights.sum()
+        # Rows of weight 0, such as padding, have no say in whether the loss is finite
         self.locations.append((location, torch.isfinite(step.losses.detach().where(step.weights > 0, 0)).all()))
         for name, values in step.metrics.items():
             self.sums[name] = self.sums.get(name, 0) + (values * step.weights).sum()
@@ -336,6 +339,7 @@ class _GradientAccumulator:
             copy.update(self.parameters, step + 1)
         self._clear()
         self.used, self.summaries = True, {}
+        # Metrics: weighted means over all contrasts, and plain means of the summaries over their rows
         sums, of_rows = packed[2 : 2 + len(names)] / total, packed[2 + len(names) :].view(-1, 2)
         metrics = dict(zip([*names, *summaries], [*sums, *(of_rows[:, 0] / of_rows[:, 1])], strict=True))
         return metrics | {"gradient norm": norm, "lr": torch.tensor(rate)}

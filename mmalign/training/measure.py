@@ -41,7 +41,9 @@ def _measure(run: TrainingRun, config: MethodConfig, batches: Iterable[Any], see
     values, bare = Values(), replace(run.policy.against_base(), model=run.policy.unwrapped)
     config = run.method.requirements(config).measured_by or config
     for batch in batches:
+        # The draws of epoch 0 in every measurement, so that a difference is the model's
         for contrast in loop.make_contrasts(run.method, bare, batch, config, KeyedRNG(seed)):
+            # Making contrasts has left it in train mode
             bare.model.eval()
             step = run.method.loss(bare, contrast, config)
             for name, metric in {**step.metrics, "loss": step.losses}.items():

@@ -27,6 +27,7 @@ def build_optimizer(
     Raises:
         ValueError: bitsandbytes is not installed.
     """
+    # Parameters with weight decay, and those without
     groups: Any = [{"params": list(parameters)}]
     groups += [{"params": list(undecayed), "weight_decay": 0.0}] if undecayed else []
     if name == "adamw":
@@ -56,6 +57,7 @@ def schedule(name: str, *, warmup_steps: int, steps: int) -> Callable[[int], flo
 
     def factor(step: int) -> float:
         if step < warmup_steps:
+            # Never 0: the first update moves the weights, too
             return (step + 1) / (warmup_steps + 1)
         progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
         if name == "linear":

@@ -56,6 +56,7 @@ class Processes:
                 result = function()
             except ValueError as raised:
                 error = raised
+        # The error travels as a value: if the main process raised alone, the others would wait forever
         result, error = self.gather((result, error))[0]
         if error is not None:
             raise error

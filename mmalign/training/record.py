@@ -46,6 +46,7 @@ class Record:
     def resumed(self, recipe: Mapping[str, object], update: int) -> Record:
         """Return the record of a run that resumes with another recipe; `update` is the next update's number."""
         before, now = (dict(options(tree)) for tree in (self.recipe, recipe))
+        # Options of both recipes, since one may be new or gone
         changed = [
             Change(update, key, before.get(key), now.get(key))
             for key in {**before, **now}

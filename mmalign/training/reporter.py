@@ -63,6 +63,7 @@ class Reporter:
         self.accelerator, self.every, self.steps = accelerator, every, steps
         self.speed = _Speed(steps, pairs_per_update)
         self.console = Console(quiet=not accelerator.is_main_process, stderr=True)
+        # The bar, and the numbers that fit beside it
         self.numbers = list[str]()
         self.bar_width = 24 if self.console.width >= WIDE else 6
         columns = [
@@ -74,8 +75,10 @@ class Reporter:
         ]
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("train", total=steps, completed=first, speed="")
+        # Sums since the last report
         self.sums: dict[str, Tensor] = {}
         self.count, self.history, self.warned = 0, list[dict[str, float]](), False
+        # What the verdict will read
         self.start: dict[str, list[float]] = {}
         self.rewards, self._generation = list[float](), (-1, -1)
         self.num_measured, self.verdict = 0, ""
@@ -83,6 +86,7 @@ class Reporter:
 
     def state(self) -> dict[str, object]:
         """Return the state for a checkpoint: history, fresh updates, and sums of metrics since the last report."""
+        # On the CPU, as a checkpoint may be loaded on another device
         sums, *fresh = ({name: x.cpu() for name, x in each.items()} for each in (self.sums, *self._fresh))
         reports = {"count": self.count, "history": self.history, "warned": self.warned, "start": self.start}
         reports |= {"num_measured": self.num_measured, "verdict": self.verdict}
@@ -139,6 +143,7 @@ class Reporter:
         self.history.append(means)
         self.accelerator.log(means, step=step)
         log_curves(self.accelerator, means, step)
+        # Numbers of the bar, or a line where there is no bar or no room
         self.numbers = [f"{short} {means[name]:.4g}" for name, short in SHOWN.items() if name in means]
         speed = self.speed.now(step)
         if not self.console.is_terminal or self.fitting(speed) != self.numbers:
@@ -148,6 +153,7 @@ class Reporter:
 
     def fitting(self, speed: str) -> list[str]:
         """Return the first of the last report's numbers that fit into the terminal beside the bar and the speed."""
+        # Columns that the bar takes without its numbers
         used = len(f"train  {self.steps}/{self.steps} {speed} ") + self.bar_width
         ends = accumulate(len(number) + 2 for number in self.numbers)
         return [x for x, end in zip(self.numbers, ends, strict=True) if used + end - 2 <= self.console.width]
@@ -169,7 +175,9 @@ class Reporter:
         """
         if "gradient factor" not in means or self.warned or step == 1:
             return
+        # The preferred side, or the only one, as the method names it
         side = next(side for side in (*(first for first, _ in verdict.SIDES), "output") if f"{side} gain" in means)
+        # One problem is named, the gravest
         broken = verdict.broken({name: [value] for name, value in means.items()}, side)
         if broken:
             problem = f"the model is breaking, {broken}: lower train.lr"

@@ -50,6 +50,7 @@ def build_train_state(
 
     It has the method's lagging copies of its trained weights.
     """
+    # Sharding replaces the parameters, so it precedes the optimizer
     if options.sharding == "fsdp2":
         policy = shard_policy(policy, accelerator.device)
     parameters = policy.trainable()
@@ -64,11 +65,13 @@ def build_train_state(
         weight_decay=options.weight_decay,
         undecayed=[p for p in parameters if id(p) in magnitudes],
     )
+    # A sharded network needs no wrapper; accelerate would make it data-parallel
     if policy.skeleton is None:
         model, optimizer = accelerator.prepare(policy.model, optimizer)
         policy = replace(policy, model=model)
     else:
         optimizer = accelerator.prepare(optimizer)
+    # Copies that follow the updates: a moving reference, and a policy that lags behind to generate
     reference, old = (
         LaggingCopy(parameters, partial(mixed_share, **rule.model_dump())) if rule is not None else None
         for rule in (method.reference, requirements_of(method).old)
@@ -93,6 +96,7 @@ def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None
         ValueError: the checkpoint lacks the average, a lagging copy or a weight, or has weights that the model lacks.
     """
     path = output / checkpoint.name(saved.step)
+    # All that the recipe asks for now must be in the checkpoint, and nothing else
     ema = run.train_state.ema
     if ema is not None and "average" not in saved.state:
         raise ValueError(f"train.ema: {path} has no moving average; leave it out, or use another output folder")
@@ -106,6 +110,7 @@ def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None
     ):
         if names:
             raise ValueError(f"{path}: {problem} the model ({min(names)}, ...); use another output folder")
+    # Of a sharded run each process takes its own part
     with intact("train", path, "a checkpoint of this run", "use another output folder"):
         _load(run, saved if run.policy.skeleton is None else _split(run, saved))
 
@@ -113,6 +118,7 @@ def resume(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> None
 def _split(run: TrainingRun, saved: checkpoint.Checkpoint) -> checkpoint.Checkpoint:
     """Return the checkpoint with this process's parts of its tensors."""
     own, state = trainable_weights(run.policy.unwrapped), dict(saved.state)
+    # The optimizer's state numbers its parameters in the order of the groups
     parameters = [p for group in run.train_state.optimizer.param_groups for p in group["params"]]
     weights = {name: sharding.split(tensor, own[name]) for name, tensor in saved.weights.items()}
     moments = {i: _split_moments(moments, parameters[i]) for i, moments in state["optimizer"]["state"].items()}
@@ -137,12 +143,14 @@ def _load(run: TrainingRun, saved: checkpoint.Checkpoint) -> None:
     progress = loop.Progress(**state["progress"])
     if progress.step != saved.step:
         raise ValueError(f"state.pt is of update {progress.step}")
+    # Not strict: a checkpoint holds the trained weights alone
     run.policy.unwrapped.load_state_dict(saved.weights, strict=False)
     _load_optimizer(run.train_state.optimizer, state["optimizer"])
     if ema is not None:
         ema.load(state["average"])
     for key, copy in run.policy.lagging.items():
         copy.load(state["lagging"][key])
+    # A run that changes to float16 begins with a fresh scaler
     if scaler is not None and "scaler" in state:
         scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["generator"])
@@ -188,6 +196,7 @@ def save(run: TrainingRun, output: Path, score: float | None, *, keep_checkpoint
     if train_state.accelerator.scaler is not None:
         state["scaler"] = train_state.accelerator.scaler.state_dict()
     weights, is_main = trainable_weights(run.policy.unwrapped), train_state.accelerator.is_main_process
+    # Gathered by all processes together, and kept by the main one
     if run.policy.skeleton is not None:
         weights, state = (sharding.whole(tree, keep=is_main) for tree in (weights, state))
     if not is_main:

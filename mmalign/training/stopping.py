@@ -65,8 +65,10 @@ class StopRequest:
 
     def exit_code(self, accelerator: Accelerator) -> int:
         """Return the exit code of a run that was asked to stop, on any process; 0 if none was."""
+        # As in a shell: 128 and the signal's number
         code = 128 + self.signal if self.signal is not None else 0
         code = code or (TIME_LIMIT_CODE if time.monotonic() >= self.deadline else 0)
+        # A signal may reach one process alone, and all must stop at the same update
         if accelerator.num_processes > 1:
             import torch  # here, since the command line reads this module to tell of a stopped run
 

@@ -34,6 +34,7 @@ def charts(means: Mapping[str, float]) -> Charts:
         for side in (side for sides in SIDES for side in sides):
             if side + suffix in means:
                 lines[side] = value = means[side + suffix]
+                # gain = factor * (policy - reference)
                 if f"{side} gain" in means:
                     lines[f"{side} reference"] = value - means[f"{side} gain"] / factor
         if lines:
@@ -52,6 +53,7 @@ def log_curves(accelerator: Accelerator, means: Mapping[str, float], step: int, 
 def init_trackers(accelerator: Accelerator, name: str, recipe: Mapping[str, object]) -> None:
     """Start the trackers of a run of this name, with each value of the recipe by its key, such as train.lr."""
     given = {key: value for key, value in options(recipe) if value is not None}
+    # Trackers take numbers and words
     config = {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in given.items()}
     accelerator.init_trackers(PROJECT, config, {tracker: {"name": name} for tracker in NAMED})
 

@@ -82,10 +82,12 @@ def judge(evidence: Evidence) -> str:
     if not values or not values["loss"]:
         return "no pair could be measured"
     sides = next((sides for sides in SIDES if f"{sides[1]} gain" in values), None)
+    # Methods that generate: their rewards, and what became of the sides if there are two
     if evidence.rewards:
         return "; ".join(
             [_judge_rewards(evidence.rewards), *([_judge_sides(values, sides, evidence)] if sides else [])]
         )
+    # Two sides, thumbs, the chosen side alone, a judge's labels, or no more than a loss
     if sides is not None:
         return _judge_sides(values, sides, evidence)
     if "liked" in values:
@@ -102,6 +104,7 @@ def broken(values: Values, side: str) -> str:
         values: metrics with gains.
         side: name of the preferred side.
     """
+    # Comparisons are negated, since NaN fails all of them and is broken as well
     gain = fmean(values[f"{side} gain"])
     if f"{side} error" in values:
         ratio = _error_ratio(values, side)
@@ -109,6 +112,7 @@ def broken(values: Values, side: str) -> str:
     if f"{side} token gain" in values:
         lost = -fmean(values[f"{side} token gain"])
         return f"it lost {lost:.3g} nats per token" if not lost <= BROKEN_NATS else ""
+    # Steps leave the base model in either direction
     if "clipped" in values and not abs(gain) <= BROKEN_STEP_NATS:
         return f"its steps are {gain:.3g} nats per element from the base model's"
     return ""
@@ -125,6 +129,7 @@ def _judge_sides(values: Values, sides: tuple[str, str], evidence: Evidence) -> 
     """Judge a method with two sides."""
     better, worse = sides
     gains = [mean_of(values[f"{side} gain"]) for side in sides]
+    # Pairs seen once are judged by fresh values; else these only tell whether the pairs are known by heart
     fresh = _difference(evidence.fresh, sides) if evidence.fresh else None
     difference = _difference(values, sides) if fresh is None or evidence.seen else fresh
     numbers = _numbers(values, sides, gains, difference)
@@ -153,6 +158,7 @@ def _judge_rewards(rewards: Sequence[float]) -> str:
     """Judge a method that generates what it learns from, by the mean rewards of the first and the last generations."""
     if len(rewards) == 1:
         return f"the reward of generated outputs was {rewards[0]:.4g}, and one generation shows no change: train longer"
+    # As many from either end, without overlap
     number = min(NUM_GENERATIONS, len(rewards) // 2)
     before, after = mean_of(rewards[:number]), mean_of(rewards[-number:])
     change = Mean(after.value - before.value, math.hypot(before.error, after.error))
@@ -173,12 +179,14 @@ def _judge_rewards(rewards: Sequence[float]) -> str:
 def _judge_thumbs(values: Values, evidence: Evidence) -> str:
     """Judge a method that learns from single outputs, by the gains of liked and of disliked ones."""
     sides = ("liked", "disliked")
+    # The outputs of each label, whose metrics get its name; the verdict needs both labels
     parts = {side: _of_label(values, side) for side in sides}
     if not all(part["loss"] for part in parts.values()):
         return _judge_loss(values, evidence)
     gains = [mean_of(parts[side][f"{side} gain"]) for side in sides]
     error = math.hypot(gains[0].error, gains[1].error)
     difference = Mean(gains[0].value - gains[1].value, error)
+    # The liked side under the names that `broken` and `_numbers` read
     liked = {**values, **parts["liked"]}
     numbers = _numbers(liked, sides, gains, difference)
     problem = broken(liked, "liked")
@@ -239,6 +247,7 @@ def _noun(values: Values, side: str) -> str:
 def _judge_side(values: Values, evidence: Evidence) -> str:
     """Judge fine-tuning on the chosen side alone."""
     name = next(name for name in ("chosen error", "chosen log-probability") if name in values)
+    # An error falls and a log-probability rises where the gain is positive
     gain, before, after = mean_of(values["chosen gain"]), fmean(evidence.start[name]), fmean(values[name])
     trained = "training" if evidence.seen else "held-out"
     numbers = f"({name} {before:.4g} before the first update, {after:.4g} now, on {len(values[name])} {trained} pairs)"
@@ -278,6 +287,7 @@ def _judge_labels(values: Values, evidence: Evidence) -> str:
         f"(loss {before:.4g} before the first update, {after:.4g} now, accuracy {accuracy:.2g}, on "
         f"{len(values['loss'])} {trained} pairs)"
     )
+    # Guessing costs ln 2
     if not after <= BROKEN_RATIO * max(before, math.log(2)):
         return f"the model is broken {numbers}: lower train.lr"
     if fmean(abs(margin) < EQUAL for margin in values["margin"]) >= MANY:
@@ -291,6 +301,7 @@ def _equal_share(values: Values, sides: tuple[str, str]) -> float:
     """Return the share of pairs whose sides have the same score under the base model; 0 if it is not known."""
     for suffix, factor in SCORES:
         if sides[1] + suffix in values:
+            # Scores under the base model: the policy's, less its gain
             first, second = (
                 [factor * x - gain for x, gain in zip(values[side + suffix], values[f"{side} gain"], strict=True)]
                 for side in sides
@@ -303,6 +314,7 @@ def _unmoved(values: Values, side: str) -> bool:
     """Return whether the policy still equals its base model."""
     if "logit size" in values:
         return fmean(values["logit size"]) < UNMOVED
+    # Without logits: gains within the rounding of the scores
     size = fmean(abs(gain) for gain in values[f"{side} gain"])
     name = next(name for name in (f"{side} error", f"{side} log-probability") if name in values)
     return size <= EQUAL * abs(fmean(values[name]))
