@@ -81,6 +81,7 @@ class Policy(Generic[F]):
     @torch.no_grad()
     def on_reference(self, run: Callable[[nn.Module], R]) -> R | None:
         """Return the result of `run` on the reference network, without gradients; None without a reference."""
+        # A moving reference lends its weights to the policy's network for the run
         if self.moving is not None:
             with self.moving.swapped(self.trainable()):
                 return run(self.unwrapped)

@@ -58,9 +58,11 @@ def shard(net: nn.Module, plan: ShardPlan, device: torch.device) -> None:
             "cannot split; use train.sharding: none"
         )
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    # Blocks before the network, which then shards what is left
     replicated = set(plan.replicated)
     for module in (*plan.blocks, net):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=replicated)
+    # Methods that bypass `forward` gather the weights as well
     for name in plan.methods:
         register_fsdp_forward_method(net, name)
 
@@ -74,6 +76,7 @@ def gathered(net: nn.Module) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule
 
     parts = [module for module in net.modules() if isinstance(module, FSDPModule)]
+    # Otherwise the first pass would release the weights again
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -102,6 +105,7 @@ def whole(value: T, *, keep: bool = True) -> T:
     given: Any = value
     result: Any = value
     if isinstance(given, DTensor):
+        # A collective operation, also for processes that keep nothing
         full = given.full_tensor().detach()
         result = full.cpu() if keep else full.new_empty(0)
     elif isinstance(given, dict):
@@ -123,6 +127,7 @@ def split(tensor: Tensor, like: Tensor) -> Tensor:
 
 def skeleton(net: nn.Module) -> nn.Module:
     """Return a copy of a network without weights, made before it is sharded, for `fill`."""
+    # The copy shares the buffers, and gets parameters without memory
     memo: dict[int, Tensor] = {id(buffer): buffer for buffer in net.buffers()}
     for p in net.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
@@ -134,6 +139,7 @@ def fill(bare: nn.Module, net: nn.Module, *, keep: bool) -> None:
 
     Only a process with `keep` stores them. Tied weights stay tied.
     """
+    # By identity: weights under several names are gathered once
     tensors: dict[int, nn.Parameter] = {}
     for name, p in net.named_parameters(remove_duplicate=False):
         if id(p) not in tensors:
