@@ -76,6 +76,7 @@ def _opened(ref: ImageRef, min_side: int, max_pixels: int) -> Iterator[Image.Ima
         BadImage: the image cannot be read, or its size is not allowed.
     """
     try:
+        # Bytes, of a bounded size
         if ref.path:
             check_file(ref.path, MAX_IMAGE_BYTES)
         data = ref.read()
@@ -89,6 +90,7 @@ def _opened(ref: ImageRef, min_side: int, max_pixels: int) -> Iterator[Image.Ima
             image = Image.open(io.BytesIO(data))
             width, height = image.size
             if width * height <= max_pixels and min(width, height) >= min_side:
+                # Pixels are decoded in the caller's block, whose errors arrive here
                 yield image
                 return
     except MemoryError:
@@ -99,6 +101,7 @@ def _opened(ref: ImageRef, min_side: int, max_pixels: int) -> Iterator[Image.Ima
         raise BadImage(ref.location, f"is not a readable image of {len(data):,} bytes (no known format)") from error
     except Exception as error:  # a broken file may raise anything in Pillow: OSError, SyntaxError, struct.error ...
         raise BadImage(ref.location, f"is not a readable image of {len(data):,} bytes ({error})") from error
+    # The image could be opened, and its size is not allowed
     limits = f"at least {min_side} pixels a side and at most {max_pixels:,} in all"
     raise BadImage(ref.location, f"is {width}x{height}; expected {limits}")
 
@@ -213,6 +216,7 @@ def _crop(
         x, y = min(x, image.width - box[0]), min(y, image.height - box[1])
         method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
         cut = image.resize(size, method, box=(x, y, x + box[0], y + box[1]))
+    # In the mirrored image the corner is as far from the left as the cut is from the right
     if mirror:
         return ImageOps.mirror(cut), top, rooms[1] - left
     return cut, top, left

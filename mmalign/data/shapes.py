@@ -94,10 +94,12 @@ def summarize_cuts(shapes: Shapes, sources: Iterable[Iterable[ImagePair]], *, pa
         for ref in pair.images:
             if (own := shapes.sizes.get(ref.key)) is not None:
                 lost.append((lost_area(own, size), ref.location))
+                # Crops scale until the larger ratio is covered, padding until the smaller one is
                 ratios = size.width / own.width, size.height / own.height
                 enlarged.append((min(ratios) if pad else max(ratios), ref.location))
     if not lost:
         return
+    # Areas: padding takes the same share that a crop would cut
     worst, where = max(lost)
     if worst > 0:
         mean = sum(share for share, _ in lost) / len(lost)

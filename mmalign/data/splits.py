@@ -31,6 +31,7 @@ def split_by_group(pairs: Pairs[P], fraction: float, seed: int) -> tuple[Pairs[P
             "expected data.group_by with a column of more values, or a fraction of 0"
         )
     first, *middle, _ = sorted(hashes, key=lambda g: (hashes[g], g))  # the last one is always for training
+    # Hashes have 63 bits, so this share of all names lies below
     held_groups = {first, *(g for g in middle if hashes[g] < fraction * 2**63)}
     held = np.array([g in held_groups for g in groups], dtype=bool)
     return pairs.select(np.flatnonzero(~held)), pairs.select(np.flatnonzero(held))

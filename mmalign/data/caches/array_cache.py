@@ -138,12 +138,14 @@ class ArrayCache:
 def _check_fingerprint(folder: Path, expected: Fingerprint) -> None:
     path = folder / _FINGERPRINT
     if not path.exists():
+        # A new folder gets the fingerprint; files that a process is still writing do not count as others'
         names = {other.name for other in folder.iterdir() if not other.name.endswith("-part")}
         if names and _FINGERPRINT not in names:  # another process may have written it just now
             raise ValueError(f"data.cache: {folder} holds other files; expected an empty folder, or a free name")
         with atomic_write(path, shared=True) as part:
             part.write_text(json.dumps(expected, indent=1))
         return
+    # The folder's name is a hash of the fingerprint, so a difference means a damaged or a moved folder
     stored = read_as(dict[str, str | int | float], path, "delete the folder to rebuild the cache")
     differing = sorted(k for k in expected.keys() | stored.keys() if expected.get(k) != stored.get(k))
     if differing:
@@ -167,6 +169,7 @@ def _names(path: Path) -> list[str] | None:
         raise ValueError(
             f"data.cache: {path} cannot be read ({error.strerror or error}); look at its permissions, or move it away"
         ) from error
+    # Names are key|field; every key of a shard has every field
     split = [name.rpartition("|") for name in names]
     fields = {field for _, _, field in split}
     keys = {key for key, _, _ in split}

@@ -36,6 +36,7 @@ def fill(cache: ArrayCache, steps: Iterable[Items], total: int, description: str
     """
     shard: dict[str, Mapping[str, Tensor]] = {}
     for items in tracked(steps, description, total):
+        # A shard's items have the same fields; an item of others begins the next shard
         if shard and items and _fields(items) != _fields(shard):
             cache.put(shard)
             shard = {}
@@ -43,6 +44,7 @@ def fill(cache: ArrayCache, steps: Iterable[Items], total: int, description: str
         if len(shard) >= SHARD_ITEMS or num_bytes(shard) >= SHARD_BYTES:
             cache.put(shard)
             shard = {}
+    # The rest, which may be empty; `refresh` then indexes the shards of the other processes
     cache.put(shard)
     accelerator.wait_for_everyone()
     cache.refresh()

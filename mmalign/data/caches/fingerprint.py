@@ -87,6 +87,7 @@ def fingerprint_files(part: SavesFiles, *, template: bool = True) -> str:
                 f"{tempfile.gettempdir()}: a tokenizer could not be written there ({first_line(error)}); free some "
                 "space, or set TMPDIR to another folder"
             ) from error
+        # Contents by name; the folder has another name in every call
         files = {str(path.relative_to(folder)): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
         return fingerprint_settings(
             {name: _content(path) for name, path in files.items() if template or TEMPLATE not in name}

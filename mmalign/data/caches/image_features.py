@@ -74,14 +74,17 @@ def fill_features(
         False, with nothing stored, if the features would take more than half of the free disk of any process. The size
         of the first image stands for all.
     """
+    # This process's share of the distinct images
     images_by_key = {ref.key: ref for ref in images}
     rank, world_size = accelerator.process_index, accelerator.num_processes
     share = [images_by_key[key] for key in cache.share(images_by_key, rank=rank, world_size=world_size)]
     steps = _encode(family, share, num_workers)
+    # Encode up to the first readable image, whose size stands for all
     head = list[Items]()
     while not any(head) and len(head) < len(share):
         head.append(next(steps))
     expected = sum(map(num_bytes, head)) * len(share) * world_size
+    # All processes decide alike: one short disk is enough to store nothing
     is_short = torch.tensor([expected > SHARE * shutil.disk_usage(cache.folder).free], device=accelerator.device)
     if accelerator.reduce(is_short.int(), reduction="sum"):
         return False

@@ -64,6 +64,7 @@ class AppendLog(Generic[Piece]):
             check_file(self.path)
             with _locked(self.path, "rb", fcntl.LOCK_SH) as file:
                 content = file.read()
+                # A killed process leaves half a line, after which nothing may be appended
                 whole = content[: content.rfind(_END) + 1]
                 if len(whole) < len(content) and self._is_writer:
                     os.truncate(self.path, len(whole))

@@ -80,6 +80,7 @@ class PrecomputeCache:
         """
         keys = [self.key(pair, epoch) for pair in pairs]
         is_cached = [key in self.cache for key in keys]
+        # Nothing, if a row that counts is absent, or if no row shows the shapes of padding
         needs_more = any(weight and not cached for weight, cached in zip(weights, is_cached, strict=True))
         if needs_more or not len(self.cache):
             if self.required:

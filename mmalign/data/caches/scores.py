@@ -63,6 +63,7 @@ class ScoreCache:
 
     def scores(self, keys: Sequence[str], judge: Callable[[Sequence[int]], Tensor]) -> Tensor:
         """Return the scores [N] of outputs by their keys, float32, on the CPU; `judge` scores rows without one."""
+        # Another run may have stored them since the last reading
         if not self._scores.keys() >= set(keys):
             self._read_log()
         num_stored = sum(key in self._scores for key in keys)
@@ -71,7 +72,9 @@ class ScoreCache:
         # What one process knows, all know: their chunks are then the same
         for known in self._processes.gather({key: self._scores[key] for key in keys if key in self._scores}):
             self._scores |= known
+        # A row for each key without a score, the same on every process
         new = [row for key, row in {key: row for row, key in enumerate(keys)}.items() if key not in self._scores]
+        # A round is a chunk for each process; even one without rows gathers, since all wait for all
         for start in range(0, len(new), self._chunk * self._processes.size):
             first = start + self._chunk * self._processes.rank
             rows = new[first : first + self._chunk]

@@ -36,6 +36,7 @@ def archive_rows(file: Path) -> Iterator[SourceRow | SkippedRow]:
             members = (member for member in archive if not member.isdir())
             for key, row_members in groupby(members, key=_key):
                 location = f"{file.name}: {key}"
+                # The values of all members of a name, such as 17.chosen.jpg and 17.txt
                 record = dict[str, object]()
                 try:
                     for member in row_members:
@@ -60,16 +61,19 @@ def _values(file: Path, archive: tarfile.TarFile, member: tarfile.TarInfo) -> di
     Raises:
         UnusableRowError: it is a link or a device, is too large, or is not UTF-8 or JSON.
     """
+    # The column is the name after its first dot, without folders
     column = member.name.rpartition("/")[2].partition(".")[2].lower()  # "chosen.jpg"
     if not member.isreg() or member.sparse is not None:
         raise UnusableRowError(f"{column} is not a regular file")
     suffix = f".{column.rpartition('.')[2]}"
     is_image = suffix in SUFFIXES
+    # Images stay in the archive: their place in it is kept, and read on access
     if is_image or column.startswith(_IMAGES):
         if member.size > MAX_IMAGE_BYTES:
             raise UnusableRowError(f"{column} has {member.size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
         name = (column[: -len(suffix)] or "image") if is_image else column
         return {name: StoredImage((file, member.offset_data), name, partial(_read, size=member.size))}
+    # Texts and JSON are read at once, so their size is bounded
     if member.size > MAX_TEXT:
         raise UnusableRowError(f"{column} has {member.size:,} bytes, more than {MAX_TEXT:,}")
     stream = archive.extractfile(member)

@@ -86,9 +86,11 @@ def _row(
     row: Record, prompt: Sequence[Message], chosen: str, rejected: str | None, images: object, later: bool = False
 ) -> ParsedRow:
     """Return a row of this prompt, with the columns that rows of any layout may have: `system`, and media."""
+    # What the model would not see
     for name in (*_MEDIA, *_TOOLS):
         if _filled(row.get(name)):
             raise UnusableRowError(f"has {name}, which are not trained on")
+    # The column `system` is the first turn, unless the messages have one
     messages, system = list(prompt), read_text("system", row.get("system"))
     if system.strip() and (not messages or messages[0].turn.role != "system"):
         messages.insert(0, Message(Turn("system", system)))
@@ -198,6 +200,7 @@ def _mdpo(location: str, row: Record) -> ParsedRows:
 
 def _rlhfv(location: str, row: Record) -> ParsedRows:
     record: object = row
+    # The record itself, or JSON in the column text
     if row.get("question") is None:
         text = row.get("text")
         try:
@@ -215,20 +218,24 @@ def _rlhfv(location: str, row: Record) -> ParsedRows:
 
 
 def _swift(location: str, row: Record) -> ParsedRows:
+    # The last message is the chosen response
     messages = read_messages("messages", row["messages"])
     if messages[-1].turn.role != "assistant" or len(messages) < 2:
         raise UnusableRowError("the last message is not the assistant's")
     images, prompt, chosen = row.get("images"), messages[:-1], messages[-1].turn.text
+    # Rejected messages are a whole conversation, or begin with the answer
     if row.get("rejected_messages") is not None:
         rejected = read_messages("rejected_messages", row["rejected_messages"])
         whole = rejected if rejected[0].turn.role != "assistant" else [*prompt, *rejected]
         shared, good, bad, later = split_conversations(messages, whole)
         rows: ParsedRows = (_row(row, shared, good, bad, images, later),)
     else:
+        # Rejected texts; where only the images differ, the chosen one again
         others = [text for text in _several("rejected_response", row.get("rejected_response") or None) if text]
         fallback = [chosen] if row.get("rejected_images") else [""]
         texts = [read_text("rejected_response", one) for one in others] or fallback
         rows = tuple(_row(row, prompt, chosen, text, images) for text in texts)
+    # The rejected images belong to every row of the record
     other = images_of(row.get("rejected_images")) or None
     return _with(rows, rejected_images=other)
 
@@ -237,9 +244,11 @@ def _answers(location: str, row: Record) -> ParsedRows:
     images = row.get("images", row.get("image"))
     messages = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
     if messages is None:
+        # An answer in a column of its own
         answer = read_text("answer", row.get("answer"))
         parsed = _row(row, read_messages("prompt", row.get("prompt")), answer, None, images)
         return (replace(parsed, truth=_truth(row, answer)),)
+    # Or the last answer in a conversation; what follows it is left out
     turns = read_messages("messages", messages)
     last = max((index for index, message in enumerate(turns) if message.turn.role == "assistant"), default=0)
     if not last:

@@ -62,6 +62,7 @@ def read_rows(file: Path) -> Iterator[Located]:
     """
     try:
         check_file(file, None)
+        # The content decides: .jsonl may hold one list, and .json may hold lines
         head = _head(file)
         kind, is_list = kind_of(file), head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
         if kind in CSV:
@@ -116,11 +117,13 @@ def _entries(file: Path, is_list: bool) -> Iterator[tuple[str, object]]:
             raise ValueError(f"more than {MAX_BYTES:,} bytes")
         parsed = parse_json(content)
     except ValueError as error:
+        # What is not one JSON value may be JSON lines, unless it begins with [
         if is_list:
             reason = _encoding_reason(error) if isinstance(error, UnicodeDecodeError) else f"is not JSON ({error})"
             raise ValueError(f"{file.name} {reason}; expected a list of records [{{...}}]") from error
         yield from _lines(file)
         return
+    # Scores of captions by the image's id
     if isinstance(parsed, dict) and isinstance(parsed.get("imgToEval"), dict):
         yield from ((f"{file.name}: imgToEval {key}", record) for key, record in parsed["imgToEval"].items())
         return
@@ -137,6 +140,7 @@ def _lines(file: Path) -> Iterator[tuple[str, object]]:
     with _open(file) as lines:  # bytes, since a truncated file may end inside a character
         for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
             num_bytes += len(line)
+            # A packed file could claim any size; a plain one is as large as it is on disk
             if num_bytes > MAX_BYTES and file.name.lower().endswith(".gz"):
                 raise ValueError(f"{file} has more than {MAX_BYTES:,} bytes when unpacked; unpack it")
             if not line.strip():
@@ -151,6 +155,7 @@ def _lines(file: Path) -> Iterator[tuple[str, object]]:
             except ValueError as error:
                 reason = f"is not JSON ({error}); expected one record {{...}} a line"
                 yield location, SkippedRow(location, reason)
+                # The rest of such a line would be read as further ones
                 if len(line) > MAX_LINE:
                     return
 
@@ -171,10 +176,12 @@ def _csv_rows(file: Path, kind: str) -> Iterator[Located]:
         texts = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
         first = texts.readline()
         delimiter = "\t" if kind == ".tsv" else max(",;\t|", key=first.count)
+        # Columns, of whose names each may occur once
         header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
         if len(set(header)) < len(header):
             raise ValueError(f"{file} names a column twice in its first line ({listed(header)}); rename one")
         rows = csv.reader(_bounded(texts, file), delimiter=delimiter, strict=True)
+        # A broken row is yielded as skipped, and the reader goes on after it
         while True:
             try:
                 fields = next(rows, None)
@@ -184,6 +191,7 @@ def _csv_rows(file: Path, kind: str) -> Iterator[Located]:
                 continue
             if fields is None:
                 return
+            # The number of the row's last line in the file
             location = f"{file.name}: line {rows.line_num + 1}"
             if any(fields):
                 yield location, _csv_record(location, header, fields)

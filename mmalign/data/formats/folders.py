@@ -61,6 +61,7 @@ def side_rows(folder: Path) -> Iterator[SourceRow | SkippedRow]:
     assert sides is not None, "the folder was recognized by them"
     images = [_images(side) for side in sides]
     captions = _captions(folder, sides)
+    # Images of one name, in the better and the worse folder
     for name in sorted({*images[0], *images[1]}):
         location = f"{folder.name}: {name}"
         missing = [side.name for side, by_name in zip(sides, images, strict=True) if name not in by_name]
@@ -77,6 +78,7 @@ def side_rows(folder: Path) -> Iterator[SourceRow | SkippedRow]:
         if not any(texts):
             yield SkippedRow(location, f"has no caption; write one to {sides[0].name}/{name}.txt")
             continue
+        # A caption serves both images; another one of the worse image is the rejected prompt
         prompt = texts[0] or texts[1]
         chosen, rejected = (file.relative_to(folder).as_posix() for file in files)
         record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -90,6 +92,7 @@ def thumb_rows(folder: Path) -> Iterator[SourceRow | SkippedRow]:
     assert sides is not None, "the folder was recognized by them"
     captions = _captions(folder, sides)
     for side, label in zip(sides, (True, False), strict=True):
+        # Better images are liked, worse ones are not; names need no partner
         for name, file in _images(side).items():
             location = f"{folder.name}: {side.name}/{name}"
             try:
@@ -128,6 +131,7 @@ def _caption(image: Path, folder: Path, name: str, captions: Mapping[str, str]) 
 def _captions(folder: Path, sides: tuple[Path, Path]) -> dict[str, str]:
     """Return the captions of files metadata.*, by the image's path without suffix."""
     captions = dict[str, str]()
+    # A file in the folder names images of either side, a file in a side its own ones
     for place in (folder, *sides):
         for file in sorted(place.glob("metadata.*")):
             if kind_of(file) not in TEXTS:

@@ -93,6 +93,7 @@ class ImageReader:
             UnusableRowError: the file does not exist, is outside the folders, irregular or too large, or the value is a
                 URL or a broken data URI.
         """
+        # Bytes of a table or archive exist, and what a URI holds is decoded to find out
         if isinstance(image, StoredImage):
             return
         if _DATA_URI.match(image):
@@ -102,6 +103,7 @@ class ImageReader:
             raise UnusableRowError(
                 f"the image {shorten(image)} is a URL, which is never fetched; download it and give its path"
             )
+        # A path: absent, a device or a pipe, or a file whose size is checked
         path = self._path(image, folders)
         if not is_file(path):
             if os.path.exists(str(path).replace("\0", "")) and not path.is_dir():

@@ -151,6 +151,7 @@ def _read_votes(location: str, record: Record) -> Parsed:
 
 def _read_ranking(location: str, record: Record) -> Parsed:
     images = read_list("image_path", record["image_path"])
+    # Ranks count downwards, preferences upwards; a row may have both
     worths = []
     for name, sign in (("rank", -1), ("human_preference", 1)):
         if record.get(name) is not None:
@@ -165,6 +166,7 @@ def _read_ranking(location: str, record: Record) -> Parsed:
         raise UnusableRowError("has the only image of its prompt; expected several to compare")
     if len(sides) > MAX_IMAGES:
         raise UnusableRowError(f"has {len(sides):,} images of a prompt; expected at most {MAX_IMAGES}")
+    # Two orders, if there are both, must agree on every two images
     first, last = worths[0], worths[-1]
     if any((first[i] - first[j]) * (last[i] - last[j]) < 0 for i, j in combinations(range(len(sides)), 2)):
         raise UnusableRowError("rank and human_preference contradict each other; remove one of them")
@@ -186,6 +188,7 @@ def _read_score(location: str, record: Record) -> Parsed:
 
 def group_scores(rows: Rows, layout: Layout[Parsed], group_by: str | None) -> Iterator[SourceRow | SkippedRow]:
     """Yield a row of `rankings` for the images of each prompt, and the reason for each row that cannot be used."""
+    # Rows of one prompt, which need not be neighbours; a source image or folder of its own is another group
     groups = dict[Hashable, list[tuple[SourceRow, Parsed]]]()
     for row in rows:
         if isinstance(row, SkippedRow):
@@ -196,6 +199,7 @@ def group_scores(rows: Rows, layout: Layout[Parsed], group_by: str | None) -> It
             groups.setdefault((row.folders, scored.group, scored.prompt, scored.source), []).append((row, scored))
         except UnusableRowError as error:
             yield SkippedRow(row.location, str(error), error.defect)
+    # One row of the layout `rankings` for each group, with all scores as preferences
     for group in groups.values():
         first, scored = group[0]
         if len(group) == 1:

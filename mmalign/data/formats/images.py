@@ -55,8 +55,10 @@ def _select(parsed: Parsed, learning: Learning, *, ties: bool = False) -> tuple[
         UnusableRowError: a list has two prompts.
     """
     prompt, sides, worth, second = parsed.prompt, parsed.sides, parsed.worth, parsed.rejected_prompt
+    # A thumb, whose worth is its label
     if len(sides) == 1:
         return [Selection((0,), prompt, scores=(worth[0],))], 0
+    # Lists and thumbs need two different worths
     best, *_, worst = order = parsed.order
     if learning != "pairs" and worth[best] == worth[worst]:
         return [], 1
@@ -66,9 +68,11 @@ def _select(parsed: Parsed, learning: Learning, *, ties: bool = False) -> tuple[
         if second:
             raise UnusableRowError("has two prompts; expected a list of images for one", "two prompts")
         return [Selection(tuple(order), prompt, scores=tuple(worth[n] for n in order))], 0
+    # Pairs: a tie of two, or every ordered couple of different worth
     if ties and len(sides) == 2 and worth[0] == worth[1]:
         return [Selection((0, 1), prompt, second, is_tie=True)], 0
     pairs = [(i, j) for i, a in enumerate(worth) for j, b in enumerate(worth) if a > b]
+    # A file beside itself, of another worth, is neither a pair nor a tie
     selections = [Selection(pair, prompt, second) for pair in pairs if sides[pair[0]].image != sides[pair[1]].image]
     return selections, len(sides) * (len(sides) - 1) // 2 - len(pairs)
 
@@ -114,21 +118,26 @@ def open_pairs(
     Raises:
         ValueError: a file or column is missing, no layout fits, or no pair is left.
     """
+    # Source and layout, by the name or by the columns
     known = layouts_for(*layouts(sources), learning, cut_pairs=cut_pairs)
     source, layout = open_layout(known, format, path, split=split, columns=columns, group_by=group_by)
     if sources == "optional" and layout.column(SOURCE) in source.columns:  # then every row has to have one
         layout = replace(layout, required=(*layout.required, SOURCE))
+    # Ratings are lists with a number for each image of the row
     if layout.name == SCORES.name and attributes:
         raise ValueError("model.attributes: the layout scores has one image a row; expected rows of pairs or rankings")
     if attributes:
         layout = replace(layout, required=(*layout.required, *attributes))
         layout.check_columns(path, source.columns, group_by)
     taken = layout.describe() if format == AUTO else ""
+    # Only the needed columns are read from a table
     needed = {layout.column(name) for name in layout.columns}
     rows = source.rows({*needed, group_by} if group_by is not None else needed)
     unread = layout.unread(source.columns, group_by, labels=labels, margins=margins)
+    # Rows of one image each become rankings
     if layout.name == SCORES.name:
         rows, layout = ListRows([*group_scores(rows, layout, group_by)]), RANKINGS if sources is None else EDITS
+    # The index, which decodes no image
     label = partial(read_label, labels, margins)
     indexed = ImageRows(rows, layout, ImageReader(images), group_by, learning, label, attributes, ties=ties)
     skipped, tied = indexed.index(limit, prompt_pairs is not None)
@@ -213,6 +222,7 @@ class ImageRows:
 
         With `prompt_pairs`, rows without a prompt for the rejected image are skipped.
         """
+        # Places are (number of the row, number of the selection in the row)
         places, skipped, tied, texts = list[tuple[int, int]](), list[SkippedRow](), list[str](), dict[str, str]()
         names = (name for name in ("rejected_caption", "rejected_prompt") if name in self._layout.columns)
         second = self._layout.column(next(names, "second prompt"))
@@ -222,6 +232,7 @@ class ImageRows:
             if isinstance(row, SkippedRow):
                 skipped.append(row)
                 continue
+            # Everything that can drop a row as a whole
             try:
                 parsed = self._layout.read(row.location, row.record)
                 selections, ties = _select(parsed, self._learning, ties=self._ties)
@@ -234,6 +245,7 @@ class ImageRows:
                 skipped.append(SkippedRow(row.location, str(error), error.defect))
                 continue
             tied += [row.location] * ties
+            # A bad image drops only the selections with it, and the row is counted once
             images = [side.image for side in parsed.sides]
             source = [parsed.source.image] if parsed.source is not None else []
             bad = self._bad_images([*images, *source] if selections else [], row)
@@ -278,18 +290,21 @@ class ImageRows:
 
     def pair(self, number: int) -> ImagePair:
         """Return the pair of that number; its images are read once, for their keys."""
+        # Read and parsed again: the index keeps no images and no labels
         place, which = self._index[number].tolist()
         row = self._rows.row(place)
         parsed = self._layout.read(row.location, row.record)
         numbers, prompt, second, scores, _ = selection = _select(parsed, self._learning, ties=self._ties)[0][which]
         refs, names = list[ImageRef](), list[str]()
         roles = output_names(len(numbers), scores)
+        # References to the selected images, with the source as the last
         sides = [*(parsed.sides[n] for n in numbers), *filter(None, [parsed.source])]
         for side, role in zip(sides, [*roles, "source"], strict=False):
             locate = partial("{}, {}".format, row.location, describe_image(side.image, role))
             refs.append(self._reader.ref(side.image, row.folders, locate))
             # Row ids use names instead of keys: re-encoded images keep their random numbers
             names.append(side.name or refs[-1].key)
+        # Labels and scores are no part of the row id
         row_id = stable_hash(prompt, *names, *filter(None, [second]))
         outputs, place = tuple(refs[: len(numbers)]), partial(str, row.location)
         ratings = self._ratings(row, parsed, numbers)

@@ -116,6 +116,7 @@ def _number(record: Record, name: str, default: float) -> float:
 
 def _margin(scores: Sequence[object], margins: Margins) -> float:
     """Return the margin of the scores of the chosen and the rejected side."""
+    # Scores of the chosen and the rejected side, as a difference or its logarithm
     if any(score in (None, "") for score in scores):
         names = " and ".join(SCORES), " and ".join(NUMBERED_SCORES)
         raise UnusableRowError(f"has no scores, which data.margin: {margins.kind} takes from {' or '.join(names)}")
@@ -125,6 +126,7 @@ def _margin(scores: Sequence[object], margins: Margins) -> float:
         if gap <= 0:
             raise UnusableRowError(f"the chosen score exceeds the rejected one by {gap:g}; expected more than 0")
         gap = math.log(gap)
+    # The limit is that of margins in a column
     margin = margins.scale * gap
     if not abs(margin) <= LARGEST:
         raise UnusableRowError(f"the margin of the scores is {margin:g}; expected at most {LARGEST:,.0f}")

@@ -87,6 +87,7 @@ class Layout(Generic[Row]):
         Raises:
             ValueError: the format has no such column, or two columns have one name in the files.
         """
+        # Renaming takes the format's own names, or an alias of them
         for name in columns:
             if self.aliases.get(name, name) not in self.columns:
                 raise ValueError(
@@ -192,12 +193,14 @@ class Layout(Generic[Row]):
 
     def _find(self, columns: Collection[str], reserved: Collection[str]) -> dict[str, str] | None:
         """Return the files' names of the columns; those that are reserved are no synonyms of another."""
+        # A group is a column with its alternatives ("a|b"), of which a file needs one
         free = {_word(name): name for name in columns if name not in self.names.values()}
         names = dict(self.names)
         for group in (*self.required, *self.optional):
             alternatives = group.split("|")
             if any(name in names for name in alternatives):
                 continue
+            # Own names first, then synonyms; another column's own name is no synonym
             words = [(name, name) for name in alternatives]
             words += [(name, word) for name in alternatives for word in self.synonyms.get(name, ())]
             keys = ((name, _word(word), name == word) for name, word in words)
@@ -251,6 +254,7 @@ def open_layout(
     Raises:
         ValueError: the format is unknown, no file matches, no layout fits, or a column is missing.
     """
+    # An error on thumbs may mean that the rows are pairs
     of_thumbs = layouts[0].name == THUMBS
     try:
         layout = find_layout(layouts, name, columns or {}) if name != AUTO else None
@@ -326,10 +330,12 @@ def recognize(
         ValueError: no layout fits, or several fit equally well.
     """
     fitting = [layout for known in layouts if (layout := known.recognized(columns, sample)) is not None]
+    # Most columns, and of equal ones those with their own names
     scores = [(len(layout.names), sum(own == name for own, name in layout.names.items())) for layout in fitting]
     best = [layout for layout, score in zip(fitting, scores, strict=True) if score == max(scores)]
     if len(best) == 1:
         return best[0]
+    # Several layouts fit equally well, or none does; then the nearest is named
     known = ", ".join(layout.name for layout in layouts)
     if best:
         raise ValueError(

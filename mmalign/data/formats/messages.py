@@ -133,6 +133,7 @@ def _read_message(name: str, message: object) -> Message:
     expected = "expected messages with a role and a content"
     if not isinstance(message, Mapping):
         raise UnusableRowError(f"{name} holds {shorten(message)}; {expected}")
+    # OpenAI's names, or those of LLaVA
     named, content = (_first(message, *keys) for keys in (("role", "from"), ("content", "value")))
     for key in _TOOLS:
         if message.get(key):
@@ -142,6 +143,7 @@ def _read_message(name: str, message: object) -> Message:
     role = _ROLES.get(named.strip().lower())
     if role is None:
         raise UnusableRowError(f"{name} has a message of the role {named!r}; expected user, assistant or system")
+    # Content is a text, or parts of text and images
     if isinstance(content, str):
         return _message(role, content)
     parts = [_part(name, part) for part in (content if isinstance(content, list) else [content])]
@@ -150,8 +152,10 @@ def _read_message(name: str, message: object) -> Message:
 
 def _part(name: str, part: object) -> tuple[str, tuple[Image | None, ...]]:
     """Return the text of a part of a message's content, and the images of its placeholders."""
+    # A placeholder in a text, whose image is in another column of the row
     if isinstance(part, str):
         return part, (None,) * part.count(IMAGE)
+    # The type of a part, or the key that gives it away
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(part, Mapping) and kind is None:
         kind = next((key for key in (*_TEXT_PARTS, *_IMAGE_PARTS) if part.get(key) is not None), None)

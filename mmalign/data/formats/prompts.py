@@ -123,11 +123,13 @@ def read_prompt_rows(key: str, path: Path) -> list[Prompt]:
     try:
         source = open_source(str(path), None)
         layout = recognize([ROWS], source.columns, source.sample, f"{key}: {path}")
+        # If a file has sources, every row needs one
         if SOURCE in layout.names:
             layout = replace(layout, required=(*layout.required, SOURCE))
         rows = source.rows({layout.column(name) for name in layout.columns})
     except ValueError as error:
         raise ValueError(f"{key}: {str(error).removeprefix('data.path: ').removeprefix(f'{key}: ')}") from error
+    # Paths are relative to the table's folder
     reader = ImageReader()
     return [_read_row(key, row, layout, reader) for row in rows]
 

@@ -80,6 +80,7 @@ class ResponseRows:
         sides = [images[: len(parsed.images)]]
         sides.append(images[len(parsed.images) :][: len(parsed.rejected_images or ())] or sides[0])
         others = images[len(parsed.images) + len(parsed.rejected_images or ()) :]
+        # The row id, from texts and images' names; an image without a name counts by its content
         texts = [f"{turn.role}: {turn.text}" for turn in parsed.turns]
         rejected = parsed.rejected or ""
         row = stable_hash(
@@ -169,13 +170,16 @@ def open_responses(
     Raises:
         ValueError: a file or column is missing, a row does not match the format, or no pair is left.
     """
+    # Source and layout, by the name or by the columns
     layouts = layouts_for(LAYOUTS, THUMBS, learning, cut_pairs=cut_pairs)
     source, layout = open_layout(layouts, format, path, split=split, columns=columns, group_by=group_by)
     taken = layout.describe() if format == AUTO else ""
+    # Labels are those of pairs alone
     of_pairs = learning == "pairs" and layout.has_labels
     label = partial(read_label, labels if of_pairs else (), margins)
     reader = ImageReader(images)
     select = partial(_select, learning=learning, truths=truths)
+    # The index: every row's texts are read and checked, and that its images exist
     entries, dropped, tied = _index(source.rows(), layout, reader, group_by, learning, label, select)
     if later := sum(entry.parsed.later_turns for entry in entries):
         logger.info(f"{path}: {later:,} conversations have later turns than the answer compared, which are left out")
@@ -196,6 +200,7 @@ def _index(
     select: Callable[[ParsedRows], tuple[ParsedRows, int]],
 ) -> tuple[list[IndexedRow], list[SkippedRow], list[str]]:
     """Return the usable rows, the skipped ones, and the locations of ties; `label` reads a label from a record."""
+    # A record may give several rows, of which each is checked and skipped for itself
     entries, dropped, tied = list[IndexedRow](), list[SkippedRow](), list[str]()
     for row in rows:
         if isinstance(row, SkippedRow):
@@ -258,17 +263,20 @@ def _select(rows: ParsedRows, learning: Learning, truths: bool) -> tuple[ParsedR
         if isinstance(row, UnusableRowError):
             selected.append(row)
             continue
+        # Prompts alone, perhaps with true answers for a judge
         if learning == "prompts":
             if truths and not any(text.strip() for text in row.truth):
                 selected.append(UnusableRowError("has no true answer; expected texts in truth, or an answer"))
                 continue
             selected.append(ParsedRow(row.turns, "", None, row.images, later_turns=row.later_turns, truth=row.truth))
             continue
+        # One response: a thumb, or an answer alone
         if len(row.responses) == 1:
             judged = learning == "pairs" or row.scores  # answers alone are for methods without rejected ones
             reason = "has an answer alone; expected several responses, or one with a label"
             selected.append(row if judged else UnusableRowError(reason))
             continue
+        # Several: every two, as they are, the best and the worst, or the whole list
         scores = row.scores or (1.0, 0.0)
         if learning == "pairs" and row.scores:
             couples = [*combinations(zip(row.responses, scores, strict=True), 2)]
@@ -306,6 +314,7 @@ def _with_image_places(parsed: ParsedRow | UnusableRowError, *, is_prompt: bool)
     """
     if isinstance(parsed, UnusableRowError):
         raise parsed
+    # Texts to check, by their names in messages; a list's are numbered
     named = {"chosen": parsed.chosen, "rejected": parsed.rejected, "hallucinated": parsed.hallucinated or None}
     texts = {} if is_prompt else named
     if parsed.scores:
@@ -317,6 +326,7 @@ def _with_image_places(parsed: ParsedRow | UnusableRowError, *, is_prompt: bool)
             raise UnusableRowError(f"the {side} response holds {IMAGE}")
     if not parsed.images:
         raise UnusableRowError("has no image", "missing image")
+    # Images of both sides
     if parsed.rejected_images is not None and len(parsed.rejected_images) != len(parsed.images):
         raise UnusableRowError(f"has {len(parsed.images)} images and {len(parsed.rejected_images)} rejected ones")
     # Responses must differ, unless their images do

@@ -83,16 +83,19 @@ def open_source(path: str, split: str | None, *, thumbs: bool = False) -> Source
     Raises:
         ValueError: no file matches, a file cannot be read, or a folder has files of several splits or kinds.
     """
+    # A dataset of the Hub is one table
     if is_hub_path(path):
         table = load_hub(path, split)
         return Source(path, table.columns, _merge(_records(table)), _hub=table)
     files = find_files(path, split)
+    # Schemas name all columns, also those that are empty in the first rows
     if kind_of(files[0]) in TABLES:
         names = dict.fromkeys(name for file in files for name in read_schema(file).names)
         sample = next((first for file in files if (first := read_sample(file, SAMPLE))), None)
         if sample is None:
             raise ValueError(f"data.path: {path} has no rows; expected one a pair")
         return Source(path, tuple(names), _merge(sample), tuple(files))
+    # Texts, archives and folders have the columns of their first rows
     rows = list(islice((row for file in files for row in _stream(file, thumbs)), SAMPLE))
     skipped = [row for row in rows if isinstance(row, SkippedRow)]
     if len(skipped) == len(rows):
@@ -137,6 +140,7 @@ def find_files(path: str, split: str | None) -> list[Path]:
     Raises:
         ValueError: no file matches, or a folder has files of several splits or kinds.
     """
+    # A file, a folder's files of the split, or a glob
     folder = Path(path)
     if folder.is_file():
         return [_known(folder)]
@@ -145,6 +149,7 @@ def find_files(path: str, split: str | None) -> list[Path]:
     else:
         files = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
         files = [_known(file) for file in (_of_split(folder, files, split) if split is not None else files)]
+    # Tell what is there instead of rows
     if not files:
         came = "matches no file" if glob.has_magic(path) else "does not exist"
         if folder.is_dir():

@@ -63,8 +63,10 @@ class TableRows:
             yield from self._read(start, min(BATCH, len(self) - start))
 
     def _read(self, start: int, length: int) -> list[SourceRow | SkippedRow]:
+        # Texts of the rows at once; a reason stands for a row with a broken one
         texts = self._texts.data.fast_slice(start, length) if self._texts.column_names else None
         records = [dict[str, object]() for _ in range(length)] if texts is None else _records(texts)
+        # True stands for an image's bytes, which are read on access
         for name in self._images:
             values = _image_values(self._table.data.column(name).slice(start, length))
             for number, (record, value) in enumerate(zip(records, values, strict=True), start):
@@ -72,6 +74,7 @@ class TableRows:
                     record[name] = StoredImage((number, name, None), name, self._cell)
                 elif not isinstance(record, str):
                     record[name] = self._stored(number, name, value)
+        # Locations by file and row of the file
         rows = list[SourceRow | SkippedRow]()
         for record, location in zip(records, locate_rows(self._starts, start), strict=False):
             if isinstance(record, str):
@@ -101,10 +104,12 @@ class TableRows:
 
 def _records(texts: Table) -> list[dict[str, Any] | str]:
     """Return the rows of a small table; a reason in place of one with a text that is not UTF-8."""
+    # The fast way, for a table without a broken text
     try:
         return list(texts.to_pylist())
     except UnicodeDecodeError:
         pass
+    # Cell by cell, to find the broken ones
     records = list[dict[str, Any] | str]()
     for number in range(len(texts)):
         record, name = dict[str, Any](), ""
@@ -207,11 +212,13 @@ def read_sample(file: Path, number: int) -> list[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    # True stands for an image, whose bytes are not read
     schema = read_schema(file)
     images = {f.name: [True] if _item_type(f.type) else True for f in schema if is_image(_item_type(f.type) or f.type)}
     texts = [name for name in schema.names if name not in images]
     if not texts:
         return [images] if _num_rows(file) else []
+    # The first rows of the first batch, without the images' columns
     try:
         if file.suffix.lower() == ".arrow":
             with pa.memory_map(str(file)) as stream:
@@ -236,6 +243,7 @@ def load_tables(path: str, files: Sequence[Path], columns: Collection[str] | Non
     from datasets import concatenate_datasets
 
     schemas = [(file, read_schema(file)) for file in files]
+    # `starts` has the first row of each file, for the locations of rows
     tables, starts, first = list[Any](), RowStarts(), 0
     try:
         # Files with one schema are one table
@@ -245,6 +253,7 @@ def load_tables(path: str, files: Sequence[Path], columns: Collection[str] | Non
             lengths = [_num_rows(file) for file in group]
             if not needed or not any(lengths):
                 continue
+            # Empty files have no rows to locate
             for file, length in zip(group, lengths, strict=True):
                 if length:
                     starts.append((first, str(file.relative_to(path)) if Path(path).is_dir() else file.name))
@@ -284,6 +293,7 @@ def _loading_error(path: str, error: Exception) -> ValueError:
     from datasets import config
     from datasets.exceptions import DatasetGenerationError
 
+    # datasets wraps the error that tells more
     cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
     if isinstance(cause, OSError):  # a damaged Parquet page, or a full disk
         return ValueError(

@@ -45,16 +45,19 @@ class Encoder:
 
     def encode(self, batch: ImagePairBatch) -> EncodedPairs:
         """Return an encoded batch of pairs on the denoiser's device."""
+        # Latents, from the cache or encoded now
         device = next(self.family.network.parameters()).device
         if batch.arrays is not None:
             latents = Moments(batch.arrays["mean"].to(device), batch.arrays["std"].to(device))
         else:
             assert batch.pixels is not None
             latents = encode_images(self.family, batch.pixels)
+        # Sources of edits are the means of their latents, without a draw
         sources = batch.sources
         if sources is not None and sources.latents is None:
             assert sources.pixels is not None
             sources = replace(sources, latents=encode_images(self.family, sources.pixels).mean)
+        # Text of the prompts, of no prompt and of the rejected prompts
         text = partial(self._text, sources=sources, device=device)
         return EncodedPairs(
             rows=batch.rows,
@@ -86,6 +89,7 @@ class Encoder:
 
     def _text(self, prompts: Sequence[str], sources: SourceImages | None, device: torch.device) -> Conditioning:
         """Return the conditioning of prompts with their sources [B]; an empty prompt stands for none."""
+        # Sources are a part of the text embedding only where the text encoder sees them
         seen = sources if self.unconditional is None else None
         if self.unconditional is not None and not any(prompts):
             text = self.unconditional.expand(len(prompts))
@@ -95,6 +99,7 @@ class Encoder:
         else:
             text = encode_prompts(self.family, prompts, seen.pixels if seen is not None else None)
         text = text.to(device)
+        # The denoiser of edits reads the source's latents from the conditioning
         if sources is None:
             return text
         assert sources.latents is not None, "sources are encoded before the prompts"

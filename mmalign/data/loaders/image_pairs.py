@@ -121,20 +121,24 @@ class ImagePairReader:
         return {**example, SCORES: torch.tensor(pair.scores or [torch.nan] * len(pair.outputs))}
 
     def _decode(self, pair: ImagePair, u: Tensor) -> ImageExample | list[SkippedRow]:
+        # All bad images are named, not the first alone
         images, skipped = [], list[SkippedRow]()
         for ref in pair.images:
             try:
                 images.append(decode(ref))
             except BadImage as error:
                 skipped.append(error.skipped)
+        # A pair of equal images, whatever their files, has nothing to prefer
         if not skipped and not pair.scores and _are_equal(*images[:2]):
             skipped = [SkippedRow(pair.location, SAME_SIDES, "same sides")]
         if skipped:
             return skipped
+        # One draw for all images of a row: they get the same crop and flip
         pixels, sizes = prepare_pair(images, self.shapes.of(pair), self.transform, u)
         return {PIXELS: pixels, SIZES: sizes}
 
     def _look_up(self, pair: ImagePair, u: Tensor, cache: ArrayCache) -> ImageExample | list[SkippedRow]:
+        # Keys name the mirrored view too, so that the draw selects a cached one
         mirror = is_flipped(self.transform.flip, u)
         refs, size = pair.images, self.shapes.of(pair)
         keys = [image_key(ref, size, mirror=mirror) for ref in refs]
@@ -144,6 +148,7 @@ class ImagePairReader:
             if not pair.scores and _have_equal_latents(*sides[:2]):
                 return [SkippedRow(pair.location, SAME_SIDES, "same sides")]
             return {field: torch.stack([side[field] for side in sides]) for field in sides[0]}
+        # A bad image is named again, with its reason
         skipped = list[SkippedRow]()
         for ref in absent:  # only bad images may be missing from the cache
             try:
@@ -158,6 +163,7 @@ class ImagePairReader:
 
     def collate(self, pairs: Sequence[ImagePair], examples: Sequence[ImageExample], weights: Tensor) -> ImagePairBatch:
         """Return the batch of these rows, their first images first."""
+        # [KB, ...]: first the first image of every row, then the second; a row with fewer images repeats its first
         scores = pad_scores([example[SCORES] for example in examples])
         arrays = {
             field: torch.cat(
@@ -168,6 +174,7 @@ class ImagePairReader:
             )
             for field in examples[0].keys() - {SCORES, MIRRORED}
         }
+        # Pixels of decoded images, or fields of cached ones
         sizes, pixels = arrays.pop(SIZES), arrays.pop(PIXELS, None)
         return ImagePairBatch(
             rows=[pair.row for pair in pairs],

@@ -143,6 +143,7 @@ class Loader(Generic[P, E, B]):
         for planned, (batch, skipped) in zip(plan, loader, strict=True):
             self._skip(skipped)
             if batch is None:  # no pair of the batch can be used
+                # Rows keep their ids; an example of another pair, of weight 0, gives the shapes
                 _, example = self._first_usable()
                 pairs = [self.pairs[number] for number, _ in planned]
                 batch = self.reader.collate(pairs, [example] * len(pairs), torch.zeros(len(pairs)))

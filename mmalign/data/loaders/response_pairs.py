@@ -103,6 +103,7 @@ class ResponsePairReader:
                 skipped.append(SkippedRow(ref.location, str(error)))
         if skipped:
             return skipped
+        # Tokens of all responses, each cut to the limit
         try:
             responses, other = self._tokenize(pair, views)
         except ValueError as error:
@@ -113,6 +114,7 @@ class ResponsePairReader:
             if len(responses[0].ids) == self.max_length:
                 reason = f"the responses first differ after data.max_length = {self.max_length:,} tokens"
             return [SkippedRow(pair.location, reason)]
+        # A worker sends the pair to another process, so its images lose their loaders
         images = decoded if self.decoded_images else {}
         return ResponseExample(_without_loaders(pair), responses, other, views, images)
 
@@ -133,6 +135,7 @@ class ResponsePairReader:
         self, pairs: Sequence[ResponsePair], examples: Sequence[ResponseExample], weights: Tensor
     ) -> ResponsePairBatch:
         """Return the batch of these examples, their first responses first, with the ids of these rows."""
+        # First the first response of every row, then the second; a row with fewer responses repeats its first
         others = [example.other for example in examples if example.other is not None]
         scores = pad_scores([torch.tensor(x.pair.scores or [torch.nan] * len(x.responses)) for x in examples])
         sides = [

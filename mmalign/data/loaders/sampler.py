@@ -146,6 +146,7 @@ class EpochSampler:
     def _global_plan(self, epoch: int) -> list[list[tuple[int, float]]]:
         """Return (number, weight) of each pair, for every global batch; a batch is where its last pair is in order."""
         size, batches = self.batch_size * self.world_size, list[list[tuple[int, float]]]()
+        # Pairs wait, by size, until a global batch of that size is full
         waiting, taken, first = defaultdict[Hashable, list[int]](list), Counter[Hashable](), dict[Hashable, list[int]]()
         order = self.order(epoch)
         totals = Counter(map(self._shape, order))
@@ -154,6 +155,7 @@ class EpochSampler:
             batch = waiting[shape]
             batch.append(number)
             taken[shape] += 1
+            # The last pairs of a size make a batch only for evaluation, or where the size would have none
             is_last = taken[shape] == totals[shape] and (self.keep_last or totals[shape] < size)
             if len(batch) < size and not is_last:
                 continue
