@@ -47,11 +47,13 @@ class AfterUpdate:
         self.needs = methods.requirements_of(recipe.method)
         if run.progress.step == 0:
             options = recipe.train
+            # Whole batches of all processes, with at least NUM_PAIRS pairs
             pairs = options.batch_size * run.train_state.accelerator.num_processes
             reporter.num_measured = math.ceil(NUM_PAIRS / pairs)
             if data_module.features is not None or data_module.precompute_cache is not None:  # no others are cached
                 read = options.steps * options.gradient_accumulation_steps
                 reporter.num_measured = min(reporter.num_measured, read)
+            # Without a reference a gain is over the scores before the first update
             reporter.start = {} if self.needs.reference else self._measure(last=True)
 
     def __call__(self, progress: loop.Progress, metrics: Mapping[str, Tensor]) -> None:
@@ -68,6 +70,7 @@ class AfterUpdate:
         if self.due and (last or not progress.pending):
             self.due = False
             values = self._measure(last)
+            # Only held-out pairs give a checkpoint its score; training pairs show whether the loss is finite
             loss = fmean(values["loss"]) if values.get("loss") else None
             score = loss if self.data_module.validation_loader is not None else None
             if score is not None:
@@ -76,6 +79,7 @@ class AfterUpdate:
                 means = {name: fmean(each) for name, each in values.items() if each}
                 log_curves(accelerator, means, progress.step, "held-out ")
                 logger.info(f"update {progress.step}  held-out loss {score:.4g}")
+            # Before saving, so that no checkpoint holds a broken model
             self._require_finite(progress, loss)
             self.reporter.verdict = self._verdict(values) if last else ""
             self.save(score)
@@ -105,10 +109,12 @@ class AfterUpdate:
     def _require_finite(self, progress: loop.Progress, loss: float | None) -> None:
         """Refuse to save a state or a loss that is not finite: an update can break a model after a finite loss."""
         train_state, accelerator = self.run.train_state, self.run.train_state.accelerator
+        # All tensors that a checkpoint would hold
         kept = [*self.run.policy.trainable(), *(train_state.ema.weights if train_state.ema is not None else ())]
         kept += [x for copy in self.run.policy.lagging.values() for x in copy.weights]
         kept += [x for state in train_state.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
         whole = all(torch.isfinite(x).all() for x in sharding.local(kept))
+        # What one process finds stops all of them
         broken = torch.tensor([not whole, loss is not None and not math.isfinite(loss)], dtype=torch.float32)
         weights_broken, loss_broken = accelerator.reduce(broken.to(accelerator.device), reduction="sum").tolist()
         if weights_broken or loss_broken:
@@ -134,9 +140,11 @@ class AfterUpdate:
         """
         needs, fresh, moves = self.needs, self.reporter.fresh(), self.run.policy.moving is not None
         if needs.generates:
+            # Against a reference that moves, no other metric compares with the base model
             own = {"loss": fresh["loss"]} if moves and fresh else fresh
             return verdict.Evidence(own, rewards=self.reporter.rewards)
         held_out = self.data_module.validation_loader is not None
+        # Fresh values give way to held-out pairs, and count only if they are gains over the base model
         if held_out or moves or needs.measured_by is not None or not needs.reference:
             fresh = {}
         seen = not held_out and (self.run.progress.epoch > 0 or not fresh)

@@ -71,6 +71,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
+        # By storage: views share their bytes
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
             return

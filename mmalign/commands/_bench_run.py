@@ -86,6 +86,7 @@ def build(
         ValueError: `mmalign train` would refuse the recipe, or its pairs do not fill a batch.
     """
     recipe = shorten(recipe, folder, updates, accelerator.num_processes)
+    # The steps of `mmalign train`, in its order
     preflight.check(recipe, "training")
     method = methods.find(recipe.method.name)
     reward_model = loading.build_method_judge(recipe, accelerator.device)
@@ -157,6 +158,7 @@ def train_updates(run: Run, updates: int, meter: Meter | None) -> int:
             meter.switch("data")
         meter.switch("rest")
 
+    # The loop calls wrappers, which charge each call to its part
     if meter is not None:
         batches = metered_batches
         method = Metered(method, meter, {"contrasts": ("noise", "rest"), "loss": ("policy", "rest")})
@@ -171,6 +173,7 @@ def train_updates(run: Run, updates: int, meter: Meter | None) -> int:
         if progress.step >= first + updates and not progress.pending:
             raise _EnoughUpdates
 
+    # The loop would go on forever: the callback ends it between two batches
     with contextlib.suppress(_EnoughUpdates):
         loop.train(
             method,
@@ -192,6 +195,7 @@ def weights(run: Run) -> list[Tensor]:
     family, reference = run.policy.family, run.policy.reference
     nets = [run.policy.unwrapped, *([reference.model] if isinstance(reference, FrozenCopy) else [])]
     nets += [] if isinstance(family, StepJudge) else [net for _, net in family.encoders()]
+    # By identity: tied weights count once
     return list({id(x): x for net in nets for x in (*net.parameters(), *net.buffers())}.values())
 
 
@@ -208,6 +212,7 @@ def peak_bytes(run: Run, before: int) -> int:
     copies = [*run.policy.lagging.values(), *([state.ema] if state.ema is not None else [])]
     moments = tree_leaves(list(state.optimizer.state.values()))
     with torch.compiler.set_stance("force_eager"), memory:
+        # What lived before the counter began
         for tensor in (*weights(run), *moments, *(x for copy in copies for x in copy.weights)):
             if isinstance(tensor, Tensor):
                 memory.count(tensor)

@@ -44,6 +44,7 @@ def dry_run(recipe: Recipe) -> None:
         logger.info(line)
     updates = describe_updates(recipe.train, needs, len(splits[0]), accelerator.num_processes)
     logger.info(f"{recipe.method.name}: {recipe.model.path}, {recipe.model.tune}; {summarize(splits)}")
+    # A plan covers no judges
     if accelerator.is_main_process and modality.encode_example is not None:
         memory = memory_of_card(None)
         show(make_plan(recipe, splits, updates, memory), recipe, memory)
@@ -68,6 +69,7 @@ def _check_output(output: Path) -> None:
 def _describe_start(recipe: Recipe, splits: Splits, accelerator: Accelerator) -> str:
     """Return a sentence with the update that the training would begin after."""
     output, saved = Path(recipe.output), None
+    # The identity has a fingerprint of the weights, so there is nothing to load without a checkpoint
     if checkpoint.complete(output):
         family = loading.load_for_training(recipe, accelerator.device)
         identity = _resume.identify(recipe, family, splits[0], accelerator.num_processes)

@@ -27,9 +27,11 @@ class Commands(TyperGroup):
             from mmalign.atomic_io import CheckpointError
             from mmalign.training.stopping import TrainingStopped
 
+            # A stopped run has its own exit code
             if isinstance(error, TrainingStopped):
                 print_error(str(error))
                 raise SystemExit(error.code) from None
+            # Bugs keep their traceback, and click ends quietly for a closed pipe
             is_expected = isinstance(error, ValueError | OSError | FloatingPointError | CheckpointError)
             if not is_expected or isinstance(error, BrokenPipeError) or os.environ.get("MMALIGN_TRACEBACK"):
                 raise

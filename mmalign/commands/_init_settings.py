@@ -88,6 +88,7 @@ def find_settings(modality: str, family: str, method: str) -> Settings:
     recipes = bundled_recipes()
     usual, other = USUAL[modality]
     model, unknown = RECIPES.get(family, other), list[str]()
+    # The method for this model, else the usual method for it, else the usual method for the usual model
     named = [(m, n) for m, n in ((method, model), (usual, model), (usual, other))]
     name = next(
         path for m, n in named for end in ("_lora", "", "_full") if (path := f"{modality}/{m}_{n}{end}") in recipes
@@ -95,6 +96,7 @@ def find_settings(modality: str, family: str, method: str) -> Settings:
     content = read_content(recipes[name])
     sections: dict[str, Any] = {part: dict(content[part]) for part in ("method", "model", "data", "train")}  # type: ignore[call-overload]
     checkpoint = sections["model"].pop("path")
+    # What is a guess, in words
     if family not in OWN:
         unknown.append(f"settings for a {family}: no shipped recipe has one; these are a {checkpoint}'s, a first guess")
     if sections["method"]["name"] != method:
@@ -103,6 +105,7 @@ def find_settings(modality: str, family: str, method: str) -> Settings:
             "rate may not suit it"
         )
         sections["method"] = _method_section(method, recipes)
+        # A method that cannot do without a judge gets the usual one
         reward = find_method(method)[1].model_fields.get("reward")
         if reward is not None and reward.is_required() and "reward" not in sections["method"]:
             sections["method"]["reward"] = dict(JUDGES[modality])

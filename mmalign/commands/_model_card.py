@@ -30,6 +30,7 @@ def card(trained: TrainedModel, form: str, table: Sequence[Sequence[str]] | None
     on_hub = is_hub_id(base) and not Path(base).exists()
     data = recipe.data.path.partition(":")[0]  # without the configuration
     modality, is_adapter = modality_of(recipe), form != "merged" and recipe.model.tune == "lora"
+    # Metadata for the Hub's search: files of this machine have no page there
     metadata: dict[str, Any] = {
         **({"base_model": base, "base_model_relation": "adapter" if is_adapter else "finetune"} if on_hub else {}),
         **base_license(base, recipe.model.revision),
@@ -38,6 +39,7 @@ def card(trained: TrainedModel, form: str, table: Sequence[Sequence[str]] | None
         "tags": ["mmalign", method, *(["lora"] if is_adapter else [])],
         **({"datasets": [data]} if is_hub_id(data) and not Path(data).exists() else {}),
     }
+    # The output is a path of this machine
     settings = {key: value for key, value in info.record.recipe.items() if key != "output"}
     changes = "".join(f"\n{change}" for change in info.record.changes)
     sections = {
@@ -51,6 +53,7 @@ def card(trained: TrainedModel, form: str, table: Sequence[Sequence[str]] | None
         f"`{info.identity['model']}`.{changes}",
         "Recipe": f"```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```",
     }
+    # The first head is the page's title
     body = "\n\n".join(
         f"{'#' if not number else '##'} {head}\n\n{text}" for number, (head, text) in enumerate(sections.items())
     )
@@ -60,10 +63,12 @@ def card(trained: TrainedModel, form: str, table: Sequence[Sequence[str]] | None
 def base_license(path: str, revision: str | None) -> dict[str, str]:
     """Return the licence fields of the base model's own card, or none."""
     located = resolve_model(path)
+    # Of a model in a single file the folder around it
     folder = str(Path(located).parent) if Path(located).is_file() else local_folder(located, revision)
     file = Path(folder) / "README.md" if folder is not None else Path()
     if not file.is_file():
         return {}
+    # Metadata stands between two fences at the head of the card
     _, fence, rest = file.read_text(encoding="utf-8", errors="replace").partition(f"{_FENCE}\n")
     try:
         metadata = yaml.safe_load(rest.partition(f"\n{_FENCE}")[0]) if fence else None

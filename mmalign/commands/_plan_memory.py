@@ -116,6 +116,7 @@ def estimate(recipe: Recipe, splits: Splits | None, *, on_card: bool) -> Memory:
     modality, needs = modality_of(recipe), methods.requirements_of(recipe.method)
     if modality.encode_example is None:
         raise ValueError(f"method.name: {recipe.method.name} trains a judge, which a plan does not cover")
+    # Cached scores replace the frozen copy
     precomputed = needs.precompute is not None and recipe.data.cache != "off"
     scores = precomputed and needs.precompute is not None and needs.precompute.scores
     policy, encoders = _build(recipe, reference_cached=scores)
@@ -127,9 +128,11 @@ def estimate(recipe: Recipe, splits: Splits | None, *, on_card: bool) -> Memory:
         networks = {name: _count(memory, [net]) for name, net in encoders.items()}
         networks["policy"] = _count(memory, [policy.unwrapped])
         reference = _count(memory, copies(policy))
+        # Bytes above this are activations of the encoders
         before = memory.live
         example = modality.encode_example(policy.family, recipe, needs, splits)
     trained = policy.trainable()
+    # Gradients and copies have the sizes of the trained weights
     gradients = sum(p.nbytes for p in trained)
     state = optimizer_bytes(trained, recipe.train.optimizer)
     average = gradients if recipe.train.ema else 0
@@ -154,6 +157,7 @@ def estimate(recipe: Recipe, splits: Splits | None, *, on_card: bool) -> Memory:
 def _build(recipe: Recipe, *, reference_cached: bool) -> tuple[Policy, dict[str, nn.Module]]:
     """Return the policy on the meta device, with a family that runs on a CPU, and the encoders by name."""
     folder = fetch_configurations(resolve_model(recipe.model.path), recipe.model.revision)
+    # Plain attention, without compilation and sharding, since the estimate runs on fake tensors
     simple = recipe.train.model_copy(update={"attention": "sdpa", "compile": False, "sharding": "none"})
     model = recipe.model.model_copy(update={"path": folder, "revision": None})
     recipe = recipe.model_copy(update={"train": simple, "model": model})
@@ -228,10 +232,12 @@ class _Activations:
             of_images = find_method(config.name)[0] == "text_to_image"
             method, config = (diffusion_dpo, DiffusionDPOConfig()) if of_images else (dpo, DPOConfig())
         batch, trained, rng = self.example.batch(size), policy.trainable(), KeyedRNG(self.recipe.train.seed)
+        # Reference scores as the cache will hold them; making them is not counted
         if self.precomputed:
             frozen = replace(policy, reference=FrozenCopy(policy.unwrapped))
             with _LiveBytes(), torch.no_grad():
                 batch = replace(batch, precomputed=methods.compute_precomputed(method, frozen, batch, config, rng))
+        # One micro-batch, as the loop runs it
         memory = _LiveBytes()
         with self.autocast(), memory:
             before = _count(memory, [policy.unwrapped, *copies(policy)])
@@ -243,6 +249,7 @@ class _Activations:
                 (step.losses * step.weights).sum().backward()
         for p in trained:
             p.grad = None
+        # Weights and gradients are parts of their own
         return max(0, memory.peak - before - sum(p.nbytes for p in trained))
 
 

@@ -33,10 +33,12 @@ def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes
     lora, options = recipe.model.lora, recipe.train
     targets = " ".join(loading.lora_targets(family, lora))
     adapter = recipe.model.adapter
+    # Of the adapters all that shapes their weights
     adapters = f"lora of rank {lora.rank}, alpha {lora.scaled_alpha:g}, on {targets}"
     adapters += f", dropout {lora.dropout:g}" if lora.dropout else ""
     adapters += ", with DoRA" if lora.dora else ""
     needs = methods.requirements_of(recipe.method)
+    # Of the data all that shapes the batches
     data = {f"data.{key}": str(value) for key, value in recipe.data.model_dump().items() if key not in _SOURCES}
     return {
         **({"reward": loading.describe_rewards(needs.reward)} if needs.reward is not None else {}),
@@ -65,6 +67,7 @@ def last_checkpoint(recipe: Recipe, identity: dict[str, str]) -> checkpoint.Chec
     Raises:
         ValueError: a checkpoint is another run's or has more updates than the recipe asks for, or all are damaged.
     """
+    # The newest first: the run goes on from the first sound one
     steps, damaged = recipe.train.steps, list[checkpoint.DamagedCheckpointError]()
     for path in reversed(checkpoint.complete(Path(recipe.output))):
         try:

@@ -50,18 +50,22 @@ class Sampler:
         self.recipe, self.run, self.previews = recipe, run, previews
         self.accelerator, self.output = run.train_state.accelerator, Path(recipe.output)
         settings = {"titles": list(previews.titles), "precision": recipe.train.precision, **previews.settings}
+        # Through JSON, as the settings of the record that they are compared with
         self.history = SampleHistory(json.loads(json.dumps(settings)))
         self._start(run.progress.step)
 
     def _start(self, step: int) -> None:
         """Take up the samples of earlier updates, and generate the base model's if there are none."""
         record = self.output / RECORD
+        # Samples of an earlier process with the same settings
         if self.accelerator.is_main_process and record.is_file():
             saved = read_as(SampleHistory, record, "delete it, and run the same command again")
             if saved.settings == self.history.settings:
                 self.history = saved
+        # Later ones will be generated again
         self.history.updates = {number: each for number, each in self.history.updates.items() if number <= step}
         policy = self.run.policy
+        # The base model is the reference, or the policy before its first update
         if not self._agreed(bool(self.history.base)):
             if policy.reference is not None:
                 self.history.base = policy.against_base().on_reference(self._generate) or []
@@ -80,6 +84,7 @@ class Sampler:
         assert options.sample_every is not None
         if step % options.sample_every and step != options.steps:
             return
+        # Of an averaged run the average is shown, which is what it exports
         if ema is not None:
             ema.swap(policy.trainable())
         try:
@@ -87,6 +92,7 @@ class Sampler:
         finally:
             if ema is not None:
                 ema.swap(policy.trainable())
+        # After a roll-back the record has samples of updates that are repeated
         earlier = [(number, each) for number, each in self.history.updates.items() if number < step]
         self.history.updates = dict([*earlier, (step, outputs)][-MAX_UPDATES:])
         self._write(is_over=step == options.steps)
@@ -98,8 +104,10 @@ class Sampler:
     def _generate(self, net: nn.Module) -> list[str]:
         """Return a network's outputs, encoded; none on processes that need not generate."""
         policy, device = self.run.policy, self.accelerator.device
+        # Processes of a sharded run gather the weights together
         if policy.skeleton is None and not self.accelerator.is_main_process:
             return []
+        # Generation leaves the training's random numbers as they are
         random = torch.random.fork_rng([device] if device.type == "cuda" else [])
         with policy.gathered(net), eval_mode(net), torch.no_grad(), random:
             return [encode_output(output) for output in self.previews.generate(net)]

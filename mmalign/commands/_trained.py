@@ -66,6 +66,7 @@ class TrainedModel:
         check_base_model(self.info, self.folder, family)
         if self.saved is None:
             return loading.load_trained_policy(family, self.folder)
+        # From a checkpoint: the policy as built for training, with the trained weights in it
         policy: Policy = build_policy(family, self.recipe, with_reference=True)
         own, weights = trainable_weights(policy.unwrapped), self.saved.weights
         if own.keys() != weights.keys():
@@ -88,11 +89,13 @@ def find_trained(recipe: Recipe, which: str | int | None = None) -> TrainedModel
     output = Path(recipe.output)
     known = [str(int(path.name.rpartition("-")[2])) for path in checkpoint.complete(output)]
     there = f"--checkpoint takes {', '.join(['best', *known])}" if known else "the run has no checkpoints either"
+    # The model at the end of the run
     if which is None:
         folder = output / "model"
         if not (folder / RUN_INFO).exists() and known:
             raise ValueError(f"{folder}: there is no trained model, since the run has not ended; {there}")
         return TrainedModel(folder, read_run_info(folder), None)
+    # A checkpoint, the best one or that of an update
     if which == "best":
         path = checkpoint.best(output)
         if path is None:

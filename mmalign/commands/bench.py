@@ -149,6 +149,7 @@ def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int) -> dict
     gc.collect()  # a collection during a measurement would add to it
     device: torch.device = accelerator.device
     on_cpu, results = device.type == "cpu", dict[str, Measured]()
+    # Warm-up; one update each to count bytes, to count operations and to find the rate; two for each repeat
     planned = WARM_UP + 3 + 2 * repeats * (1 if on_cpu else MAX_UPDATES)
     with shared_folder(accelerator) as folder:
         # On a CPU all runs take turns; on a GPU one at a time has the memory
@@ -165,6 +166,7 @@ def measure(builds: Mapping[str, Build], accelerator: Any, repeats: int) -> dict
                 logger.info(f"repeat {number + 1} of {repeats}")
                 for name in names if number % 2 == 0 else names[::-1]:
                     time_once(runs[name], results[name], updates)
+            # The next runs need this memory
             accelerator.free_memory()
             del runs
             gc.collect()
@@ -197,6 +199,7 @@ def time_once(run: Run, result: Measured, updates: int) -> None:
     started = now(run.device)
     done = run.updates(run, updates, None)
     result.seconds.append((now(run.device) - started) / done)
+    # By part, in other updates: on a GPU a meter waits at the end of each part
     meter = Meter(lambda: now(run.device))
     done = run.updates(run, updates, meter)
     meter.switch("rest")
@@ -246,6 +249,7 @@ def ratios(run: Measured, other: Measured) -> Numbers:
     The ratio of operations is not a bound: fewer or other kernels may beat it.
     """
     times = [a / b for a, b in zip(run.seconds, other.seconds, strict=True)]
+    # Repeated operations take time as well
     operations, others = (sum(x.operations.values()) + x.repeated for x in (run, other))
     return {
         "time": times,

@@ -108,6 +108,7 @@ def build_filled_data_module(
 def _fill_caches(data_module: DataModule, recipe: Recipe, family: Any, accelerator: Accelerator) -> DataModule:
     """Fill the caches of image features and precomputed tensors; drop that of features if the disk is too small."""
     num_batches = recipe.train.steps * recipe.train.gradient_accumulation_steps
+    # A batch of unreadable pairs makes no update, so training reads a further one, which needs its entries as well
     planned, needed = 0, num_batches
     while planned < needed:
         planned = needed
@@ -171,6 +172,7 @@ def _fill_precomputed(
     store = data_module.precompute_cache
     assert store is not None
     method, net = methods.find(recipe.method.name), family.network
+    # As loaded, the network is the reference
     base = Policy(family, net, net, FrozenCopy(net))
 
     @torch.no_grad()
@@ -180,6 +182,7 @@ def _fill_precomputed(
 
     for loader, number in _loaders(data_module, num_batches):
         required = store.required_keys(loader, number)
+        # Each process computes its share of the missing entries
         missing = store.missing(required, rank=accelerator.process_index, world_size=accelerator.num_processes)
         total = sum(len(loader.sampler.split(numbers)) for numbers in missing.values())
         fill(store.cache, store.compute(loader, missing, compute), total, "precompute", accelerator)
@@ -198,6 +201,7 @@ def _loaders(data_module: DataModule, batches: int) -> list[tuple[Any, int]]:
 def _summary(folder: Path, used: set[Path], begun: float) -> str:
     """Describe a recipe's caches: sizes by kind, the new part, and folders of other settings."""
     files = {path: path.stat() for path in sorted(folder.rglob("*.safetensors"))}
+    # Files that this recipe reads
     used_files = {path: file for path, file in files.items() if path.parent in used}
     kinds = dict.fromkeys(path.relative_to(folder).parts[0] for path in used_files)
     sizes = {
@@ -206,6 +210,7 @@ def _summary(folder: Path, used: set[Path], begun: float) -> str:
     description = ", ".join(f"{kind} {_size(size)}" for kind, size in sizes.items()) or "nothing"
     new = sum(file.st_size for file in used_files.values() if file.st_mtime >= begun)
     description += f"; {_size(sum(sizes.values()))} in all, {_size(new)} of it new"
+    # Files in the same folder that other settings have left
     others = [path for path in files if path not in used_files]
     if not others:
         return description

@@ -130,6 +130,7 @@ def _load(sources: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]
             raise ValueError(
                 f"compare: two recipes are called {name}; rename one, since each recipe's runs are stored by name"
             )
+        # Runs are compared by their samples
         samples = modality_of(recipe).samples
         if recipe.evaluate is None or samples is None or samples.unavailable_reason(recipe) is not None:
             raise ValueError(
@@ -138,6 +139,7 @@ def _load(sources: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]
             )
         recipes[name] = recipe
     (first_name, first), *others = recipes.items()
+    # What must be equal for all
     for name, other in others:
         for key in ("model.path", "model.revision", "evaluate"):
             values = [_setting(recipe, key) for recipe in (first, other)]
@@ -180,6 +182,7 @@ def _stages(
             f"compare: {name} has train.schedule {options.schedule}, which follows from train.steps, so that a "
             "shorter run is not the beginning of a longer one; leave --pairs out, or set train.schedule=constant"
         )
+    # Updates of each length, with the numbers of pairs that ask for it
     lengths: dict[int, list[int | None]] = {options.steps: [None]}
     for number in sorted(set(pairs)):
         if number < batch_size or number % batch_size:
@@ -199,6 +202,7 @@ def _load_run(source: str, overrides: Sequence[str], folder: Path, seed: int, ou
     """Load the recipe of one run; all runs share the caches of frozen networks and of base model outputs."""
     settings = [*overrides, f"output={json.dumps(str(folder))}", f"train.seed={seed}"]
     recipe = load_recipe(source, settings)
+    # A cache in the run's own folder would be filled for every run
     if recipe.data.cache == "auto":
         settings.append(f"data.cache={json.dumps(str(output / 'cache'))}")
     if recipe.evaluate is not None and recipe.evaluate.model_dump().get("cache") == "auto":
@@ -233,6 +237,7 @@ def _finish(recipe: Recipe, shorter: Recipe | None) -> None:
         prepare.prepare(recipe)
     output = Path(recipe.output)
     model = output / "model"
+    # No model of this length yet: a shorter run of the same recipe is its beginning
     if not model.is_dir() or read_run_info(model).step != recipe.train.steps:
         if shorter is not None and checkpoint.latest(output) is None:
             _copy_checkpoint(Path(shorter.output), output)
@@ -252,6 +257,7 @@ def _copy_checkpoint(shorter: Path, output: Path) -> None:
 
 def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow]:
     """Return the base model's row, and one for each recipe at each length."""
+    # By stage and run: metrics of base and trained model, one for each benchmark
     metrics = [[_samples_of(recipe).metrics(recipe) for recipe in stage.runs] for stage in plan]
     base, first_run = metrics[0][0][0], plan[0].runs[0]
     best_of_n = _samples_of(first_run).best_of(first_run)
@@ -261,11 +267,13 @@ def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow
         stages = [(stage, runs) for stage, runs in zip(plan, metrics, strict=True) if length in stage.lengths]
         for stage, runs in stages:
             first, number = stage.runs[0], len(runs)
+            # Means over the seeds
             seconds = sum(read_run_info(Path(recipe.output) / "model").seconds for recipe in stage.runs) / number
             by_benchmark = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
             measured = [(before, summarize_runs(before, after)) for before, after in by_benchmark]
             name, pairs = stage.name, _num_pairs(first)
             of_length.append(TableRow(name, first.method.name, length, number, pairs, seconds, measured))
+        # Every recipe of this length against the others, paired by seed
         trained = [[after for _, after in runs] for _, runs in stages]
         for n, best in best_of_n.items():  # chosen from the base model alone, so the same for every seed
             repeated = [best] * len(trained[0])

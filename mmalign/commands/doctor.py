@@ -60,6 +60,7 @@ def doctor(
     """
     for name in ignore:
         check_known("--ignore: there is no check", name, NAMES)
+    # One recipe and its assignments, or files
     is_recipe = any(map(_is_recipe, sources))
     values = [source for source in sources[1:] if is_recipe and "=" in source]
     if is_recipe and (len(sources) > 1 + len(values) or format is not None or images is not None):

@@ -85,6 +85,7 @@ def evaluate(recipe: Recipe, *, checkpoint: str | int | None = None) -> Evaluati
 
 def _write(measure: Callable[[Path], Result], folder: Path) -> Evaluation:
     """Measure, and write the evaluation to `folder`, in the main process of a launch."""
+    # Other processes share the work; the main one keeps the files
     if not current_processes().is_main:
         with tempfile.TemporaryDirectory() as unused:
             result, table = measure(Path(unused))

@@ -54,6 +54,7 @@ def explain(key: str | None = None) -> list[str]:
         return [*sections, "", "mmalign explain SECTION lists its keys, mmalign explain SECTION.KEY one of them."]
     if key in RENAMED:
         return [f"{key} is now called {RENAMED[key]}", *explain(RENAMED[key])]
+    # The key itself, else the keys of a section of this name, else keys that end like this
     exact = [option for option in options if option.path == key]
     inside = [option for option in options if option.path.startswith(f"{key}.")]
     ending = [option for option in options if option.path.endswith(f".{key}")]
@@ -76,12 +77,14 @@ def markdown() -> str:
     section = None
     for option in list_options():
         name, _, key = option.path.partition(".")
+        # The first key of a section begins its table
         if name != section:
             lines += ["", f"## {name}", "", "| Key | Type | Default | Meaning |", "|---|---|---|---|"]
             section = name
         scope = f" *{', '.join(option.scopes)}.*" if option.scopes else ""
         default = f"`{option.default}`" if option.default else "required"
         cells = (f"`{key or name}`", option.kind, default, f"{_sentence(option.meaning)}{scope}")
+        # A bar would end the cell
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -128,17 +131,20 @@ def _options(section: type[Section], prefix: str = "") -> Iterator[Option]:
     """Yield the keys of a section and of the sections in it."""
     for name, field in section.model_fields.items():
         path = f"{prefix}{name}"
+        # A choice of sections, one or a list of sections, or a plain value
         choices = _choices(field)
         kinds = () if choices else _alternatives(field.annotation)
         sections = list(choices.items())
         items = [get_args(kind)[0] if get_origin(kind) is list else kind for kind in kinds]
         sections += [("", kind) for kind in items if isinstance(kind, type) and issubclass(kind, Section)]
+        # The key itself
         if choices:
             yield Option(path, ", ".join(choices), field.default.name, field.description or "")
         elif path == "method.name":
             yield Option(path, ", ".join(_method_names()), "", "method; docs/methods.md describes each")
         elif not sections or field.description:
             yield Option(path, _kind(field), _default(field), field.description or "")
+        # The keys inside, after the name of the choice that has them
         inner_options = list[Option]()
         for choice, inner in sections:
             for option in _options(inner, f"{path}."):

@@ -53,6 +53,7 @@ def export(
         ValueError: there is no such model or form, other numbers were read back, or the Hub refused the upload.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
+    # Arguments are checked before anything is loaded
     if to not in get_args(Form):
         raise ValueError(f"export: got the form {to!r}; expected one of {', '.join(get_args(Form))}")
     if dtype is not None and dtype not in DTYPES:

@@ -143,6 +143,7 @@ def _configuration(model: str, config: str | None) -> str:
 
 def _write(draft: _Draft, tree: dict[str, Any], kind: str, settings: Settings, output: Path) -> None:
     """Check the recipe, write its file, and log what is known and unknown."""
+    # As `mmalign train` will check it; what fails here may work on the machine that trains
     checked = load_recipe(tree)
     try:
         with muted():
@@ -179,11 +180,13 @@ def _recognize_data(
     Raises:
         ValueError: there are no files, or their columns are of no layout of this modality.
     """
+    # What the file's name or the user says
     if modality == "text_to_image" and data.lower().endswith(".txt"):
         return {"format": "prompts", "path": data}
     if given.get("format", AUTO) != AUTO:
         return {"format": given["format"], "path": data}
     place = f"data.path: {data}"
+    # Thumbs, or pairs to cut into them
     if thumbs is not None and not given.get("cut_pairs"):
         source = open_source(locate(data), given.get("split"), thumbs=True)
         try:
@@ -191,6 +194,7 @@ def _recognize_data(
         except ValueError:
             pairs = _recognize_data(data, modality, given, layouts, None)
             return {**pairs, "cut_pairs": True}
+    # Layouts of the model's modality; for data of the other one the error says so
     source = open_source(locate(data), given.get("split"))
     try:
         layout = recognize(layouts, source.columns, source.sample, place)
@@ -235,9 +239,11 @@ def _fit_images(draft: _Draft, pairs: Pairs[Any], own: int | None) -> None:
     if not sizes:
         draft.unknown.append("sizes: none of the first images can be read; see `mmalign doctor`")
         return
+    # Sides of squares with the images' areas
     sides = sorted((size.width * size.height) ** 0.5 for size in sizes.values())
     typical, data = median(sides), draft.tree["data"]
     published = data.get("resolution")
+    # The smaller one of the model's own side and the published side, unless it would enlarge the images
     known = [side for side in (own, published) if isinstance(side, int)]
     target = min(known, default=max(64, int(typical) // 64 * 64))
     note = f"the shipped recipe's; the model's own is {own or 'unknown'}" if target == published else "the model's own"
@@ -248,6 +254,7 @@ def _fit_images(draft: _Draft, pairs: Pairs[Any], own: int | None) -> None:
     draft.notes["data.resolution"] = (
         f"{note}. Sides of the images: {sides[0]:.0f} to {sides[-1]:.0f}, median {typical:.0f}"
     )
+    # Buckets of shapes, if squares would cut too much
     square = ImageSize(target, target)
     cut = [
         max(shapes.lost_area(sizes[ref.key], square) for ref in pair.images if ref.key in sizes)
@@ -320,6 +327,7 @@ def _fit_memory(draft: _Draft, overrides: Sequence[str], memory: float | None) -
     except ValueError as error:
         draft.unknown.append(f"memory: {first_line(error)}")
         return
+    # All that were tried, up to the first that fits
     settings = [setting for remedy in cost.remedies for setting in remedy.settings]
     draft.tree = override(draft.tree, settings)
     draft.notes |= {setting.partition("=")[0]: f"to fit {memory:g} GiB" for setting in settings}

@@ -21,6 +21,7 @@ from mmalign.resources import bundled_recipes
 
 def list_everything(console: Console) -> None:
     """Print the methods by modality, losses and layouts by kind, families, reward models and bundled recipes."""
+    # A bundled recipe of each method tells what the method needs
     files, by_method = bundled_recipes(), defaultdict[str, list[Recipe]](list)
     for recipe in map(load_recipe, files.values()):
         by_method[recipe.method.name].append(recipe)

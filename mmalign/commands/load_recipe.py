@@ -236,6 +236,7 @@ def _locate(schema: type[BaseModel], loc: Sequence[int | str]) -> tuple[tuple[st
     parent = section = schema
     branches: Mapping[str, object] = {}
     for part in map(str, loc):
+        # Pydantic names the branch of a union, which no recipe does
         if part in branches and len(branches) > 1:
             section, branches = next(_sections([branches[part]]), section), {}
             continue
@@ -308,6 +309,7 @@ def _explain(schema: type[BaseModel], parent: type[BaseModel], path: list[str], 
         expected = " or ".join(_TYPES[e["type"]] for e in errors)
         quotes = "; write it in quotes" if expected == "text" and not isinstance(error["input"], dict | list) else ""
         return f"{key}: expected {expected}, {got}{quotes}"
+    # A value out of range: pydantic's own words
     message = error["msg"].removeprefix("Input should be ").removeprefix("List should have ")
     message = message.split(" after validation")[0]
     return f"{key}: expected {message[0].lower()}{message[1:]}, {got}{_closest_choice(error)}"

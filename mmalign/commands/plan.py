@@ -143,6 +143,7 @@ def make_plan(
         ValueError: the model's configurations are not at hand, or the model cannot be trained as the recipe asks.
     """
     on_card = memory is not None
+    # Building the model logs what training will log
     with muted():
         estimated = estimate(recipe, splits, on_card=on_card)
         size = recipe.train.batch_size
@@ -175,6 +176,7 @@ def _open_pairs(recipe: Recipe) -> tuple[Splits | None, str]:
             return splits, describe_updates(recipe.train, needs, len(splits[0]), 1)
         except (ValueError, OSError) as error:
             reason = first_line(error)
+    # Without the pairs, the recipe's own numbers
     options = recipe.train
     number = options.steps * options.batch_size * options.gradient_accumulation_steps
     return None, (
@@ -203,9 +205,11 @@ def _peak(memory: Memory, size: int, *, on_card: bool) -> int:
 def _largest_batch(memory: Memory, limit: int) -> int:
     """Return the largest micro-batch within the limit; beyond `BATCHES` activations grow by a straight line."""
     fitting = [size for size in BATCHES if _peak(memory, size, on_card=True) <= limit]
+    # Less than the largest measured size: of those between, 3 is left to try
     if not fitting or fitting[-1] < BATCHES[-1]:
         last = fitting[-1] if fitting else 0
         return last + 1 if last == 2 and _peak(memory, 3, on_card=True) <= limit else last
+    # Activations of one more pair, from two measured sizes
     slope = (memory.activations(4) - memory.activations(2)) // 2
     return min(MAX_BATCH, 4 + (limit - memory.training(4)) // max(1, slope))
 
@@ -252,6 +256,7 @@ def _probe(recipe: Recipe) -> tuple[int, int]:
     """
     options = recipe.train
     pairs = options.batch_size * options.gradient_accumulation_steps
+    # Pairs of one update, all for training
     data = recipe.data.model_copy(update={"limit": pairs, "validation_fraction": 0.0})
     recipe = recipe.model_copy(update={"data": data})
     accelerator = open_accelerator(options)

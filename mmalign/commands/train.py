@@ -259,6 +259,7 @@ def _train(recipe: Recipe, run: TrainingRun, data_module: DataModule, hook: Afte
             epoch, batch, pairs = _failed_batch(error, data_module)
             what = f"{error.reason} after update {run.progress.step}, in batch {batch} of epoch {epoch}"
             what += f" ({', '.join(pairs[:8])})"
+            # Back to a checkpoint, but not forever to the same one
             target = _rollback_target(output, options.save_every) if options.guard.action == "rollback" else None
             if target is None or targets.count(target.name) >= MAX_BAD:
                 wider = ", or use train.precision: bfloat16" if options.precision == "float16" else ""
@@ -327,6 +328,7 @@ def start_run(
     if saved is not None:
         resume(run, saved, Path(recipe.output))
         logger.info(f"resuming from {checkpoint.name(saved.step)}")
+        # Options that changed while the run was stopped
         run.record = saved.record.resumed(recipe.model_dump(), saved.step + 1)
         for change in run.record.changes[len(saved.record.changes) :]:
             logger.warning(str(change))
@@ -355,6 +357,7 @@ def build_policy(
             family.add_lora(
                 LoraSettings(lora.rank, lora.scaled_alpha, targets, options.seed, dropout=lora.dropout, dora=lora.dora)
             )
+        # Trained weights outside the adapters stay on without them: only a copy is a fixed reference then
         beside = trained_outside_adapters(family.network)
         reference = (FrozenCopy(family.frozen_copy()) if beside else AdaptersOff()) if needed else None
     else:
