@@ -69,11 +69,13 @@ def thumbs_step(cfg: ThumbsMethodConfig, memory: Mapping[str, float], judged: Ju
     "accuracy" is the share of outputs on the side of the baseline that their label says; a tie is half right.
     """
     assert judged.reference is not None, "gains are over a reference"
+    # A thumb is a list of one output
     gain, liked = (judged.policy - judged.reference)[:, 0], judged.scores[:, 0] > 0
     baseline = cfg.loss.baseline(memory[AVERAGE])
     losses = bound_loss(cfg.loss, cfg.beta)(gain, liked, baseline)
     losses = torch.where(liked, cfg.liked_weight, cfg.disliked_weight) * losses
     with torch.no_grad():
+        # The logit in the direction of the label
         z = cfg.beta * (gain - baseline) * torch.where(liked, 1, -1)
         metrics = {"loss": losses.detach(), **preference_metrics(z), "output gain": gain.detach()}
         metrics |= {"liked": liked.to(gain.dtype), "baseline": torch.full_like(gain, baseline)}
@@ -87,8 +89,10 @@ def list_step(cfg: ListMethodConfig, judged: Judged) -> Step:
     The sides of the metrics are the best and the worst output. "accuracy" is the share of the outputs of different
     scores whose gains have the same order; a tie is half right.
     """
+    # Rows of fewer outputs than K are padded with NaN
     present = ~judged.scores.isnan()
     rewards = judged.scores.nan_to_num().to(judged.policy.dtype)
+    # Without a reference the gains are the scores themselves
     reference = torch.zeros_like(judged.policy) if judged.reference is None else judged.reference
     lengths = torch.ones_like(judged.policy) if judged.lengths is None else judged.lengths
     group = Group(judged.policy, reference, rewards, present, lengths)

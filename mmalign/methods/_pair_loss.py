@@ -53,6 +53,7 @@ def label_metrics(
 def _noisy(cfg: PairMethodConfig, labels: Labels | None, policy: Pair, reference: Pair) -> Tensor:
     """Return the losses [B] of labels that may be wrong: their preference is its posterior."""
     share, _ = posteriors(cfg, labels, _label_gap(cfg, policy, reference))
+    # The preference becomes its posterior; margin and weight of a label stay
     sure = Labels(share, torch.zeros_like(share), torch.ones_like(share))
     given = sure if labels is None else labels._replace(preference=share)
     return _bound_sum(cfg, given)(policy, reference)
@@ -79,6 +80,7 @@ def _bound_sum(cfg: PairMethodConfig, labels: Labels | None) -> PairLoss:
 def _bound_term(cfg: PairMethodConfig, term: LossTerm, labels: Labels | None) -> PairLoss:
     """Return one loss of the sum for the pairs of a batch."""
     link = bound_loss(term.loss, cfg.beta)
+    # A loss that reads the preference applies it: the wrapper of labels must not do so again
     if labels is not None and term.loss.reads_preference:
         link = partial(link, preference=labels.preference)
         labels = labels._replace(preference=torch.ones_like(labels.preference))

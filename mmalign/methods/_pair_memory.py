@@ -93,11 +93,14 @@ def posteriors(cfg: PairMethodConfig, labels: Labels | None, gap: Tensor) -> tup
         gap: loss of the swapped pair minus loss of the pair [B].
     """
     assert cfg.label_noise is not None, "the method learns the rate of wrong labels"
+    # Rates: the annotator's own, or that of all others
     rates = [cfg.label_noise.annotators.get(name, cfg.label_noise.start) for name in _annotators(labels, len(gap))]
     rate = torch.tensor(rates, dtype=gap.dtype, device=gap.device)
     eta = 1 - rate
     share = labels.preference.to(gap.dtype) if labels is not None else torch.ones_like(gap)
+    # Probability that the chosen side is the better one, before the model is asked
     prior = eta * share + rate * (1 - share)
+    # Probability that the label is right, by the model's agreement with it
     s = torch.sigmoid(gap)
     agree = share * s + (1 - share) * (1 - s)
     right = eta * agree / (eta * agree + rate * (1 - agree))
@@ -110,6 +113,7 @@ def noise_metrics(cfg: PairMethodConfig, labels: Labels | None, right: Tensor) -
     metrics = {"label right": right}
     names = _annotators(labels, len(right))
     for name in cfg.label_noise.annotators:
+        # The annotator's labels, and how far each of them is right
         own = torch.tensor([name == each for each in names], dtype=right.dtype, device=right.device)
         metrics |= {f"label right of {name}": own * right, f"labels of {name}": own}
     return metrics
@@ -125,14 +129,18 @@ def _remember(cfg: PairMethodConfig, memory: Mapping[str, float], metrics: Mappi
     numbers = dict(memory)
     if cfg.label_noise is not None:
         names, speed = cfg.label_noise.annotators, cfg.label_noise.speed
+        # Means over an update: how far an annotator's labels are right, and their share of all labels
         sums = {_rate_of(name): (metrics[f"label right of {name}"], metrics[f"labels of {name}"]) for name in names}
+        # The remaining labels have the common rate
         others = metrics["label right"] - sum(right for right, _ in sums.values())
         sums[RATE] = (others, 1 - sum(share for _, share in sums.values()))
         for key, (right, share) in sums.items():
+            # An update may have no label of an annotator
             if share > 1e-6:
                 rate = (1 - speed) * memory[key] + speed * (1 - right / share)
                 numbers[key] = min(max(rate, LEAST_RATE), 1 - LEAST_RATE)
     if cfg.auto_beta is not None:
+        # A logit is beta times its margin
         decay, size = cfg.auto_beta.decay, metrics["logit size"] / present(cfg, memory).beta
         numbers[SIZE] = decay * memory[SIZE] + (1 - decay) * size
     return numbers

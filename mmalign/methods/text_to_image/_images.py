@@ -103,6 +103,7 @@ def policy_walk(
     family, device = policy.family, batch.weights.device
     predict = batch_predictor(family, batch, guidance, batch_size)
 
+    # Noise [k, B, C, H, W] of a step
     def noise(k: int, index: int) -> Tensor:
         return rng.normal(batch.rows, (k, *batch.shape), "step", index).to(device).transpose(0, 1)
 
@@ -126,6 +127,7 @@ def batch_predictor(
     number, text = len(batch.rows), guided(family, batch, guidance)
 
     def predict(net: nn.Module, x: Tensor, t: Tensor) -> Tensor:
+        # Latent i belongs to prompt i mod B
         parts: tuple[Tensor, ...] = torch.split(torch.arange(len(x), device=x.device), batch_size or len(x))
         return torch.cat([predict_guided(family, net, x[rows], t[rows], text[rows % number]) for rows in parts])
 

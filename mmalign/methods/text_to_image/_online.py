@@ -165,10 +165,12 @@ def online_contrasts(
     """
     generated, contrasts = generate(policy, batch, cfg.generation, rng), list[Contrast]()
     scale, clip, size = cfg.advantages.scale, cfg.advantages.clip, cfg.generation.batch_size
+    # Advantages over the whole batch, before it is cut into parts
     values = advantages(generated.rewards, scale=scale, clip=clip, weights=batch.weights, total=policy.total)
     for index in range(cfg.generation.noisings):
         for part in parts(len(batch.rows), cfg.generation.prompts_per_contrast):
             view = noise_images(policy.family, batch[part], generated.latents[:, part], rng, index)
+            # The policy predicts without guidance, as it is trained
             of_policy, of_reference = (
                 _predict(policy.family, batch[part], view, guidance, size) for guidance in (1.0, reference_guidance)
             )
@@ -194,6 +196,7 @@ def errors_of(policy: Policy[TextToImage], contrast: Contrast) -> Errors:
     def error(a: Tensor, b: Tensor) -> Tensor:
         return by_prompt(mean_square(a, b), number)
 
+    # Until the first update the policy is the old one; a prediction in place of a missing reference has no drift
     old, reference = (prediction.detach() if x is None else x for x in (contrast.old, contrast.reference))
     return Errors(
         prediction,

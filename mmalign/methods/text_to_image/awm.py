@@ -34,6 +34,7 @@ contrasts = online_contrasts
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the clipped loss of the measured errors, and the differences to the old policy and the reference."""
     errors, share = errors_of(policy, contrast), contrast.advantages / cfg.advantages.clip
+    # Noise levels [B, K] of the images' times, for the measure of errors
     noise = by_prompt(policy.family.schedule.levels(contrast.view.t)[1].flatten(), len(share))
     new, old = (forward_process.measured(error, noise, cfg.measure) for error in (errors.policy, errors.old))
     losses = forward_process.awm(new, old, share, clip=cfg.clip)

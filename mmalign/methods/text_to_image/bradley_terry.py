@@ -84,6 +84,7 @@ def _preference(scores: Tensor, batch: JudgedImages) -> Step:
     """Return the step of pairs' scores [B, 2]."""
     pair, ones = Pair(scores[:, 0], scores[:, 1]), torch.ones_like(batch.weights)
     share, factors = (ones, ones) if batch.labels is None else (batch.labels.preference, batch.labels.weight)
+    # A tie has a share of 1/2, so no side of it is right
     losses, side = factors * pairwise.soft_preference(pair, share), (2 * share - 1) * pair.margin.detach()
     right = (side > 0).float() + 0.5 * (side == 0).float()
     return _step(losses, batch, right, pair.margin)

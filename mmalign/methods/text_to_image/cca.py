@@ -74,7 +74,9 @@ def requirements(_: Config) -> Requirements:
 def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: every chosen image with its own prompt and, under the same noise, with its neighbour's."""
     family, number = policy.family, len(batch.rows)
+    # The first B rows are the chosen images
     own = noise_pairs(family, batch, cfg.caption_dropout, rng)[:number]
+    # Under the same noise another prompt; where a row's own is dropped, so is this one
     text = batch.text[neighbours(batch.weights)]
     other = replace(own, cond=pair_conditioning(family, batch, text, cfg.caption_dropout, rng)[:number])
     view = NoisedPairs.cat([own, other])

@@ -68,6 +68,7 @@ def judge(policy: Policy[TextToImage], contrast: Contrast) -> Judged:
     number, most = contrast.scores.shape
     scores = _output_scores(policy.family, contrast.view, number, policy.model)[OUTPUTS]
     errors = {"output error": -2 * scores.detach()}
+    # Cached scores may be those of a batch with longer lists
     return Judged(scores, contrast.reference[OUTPUTS][:, :most], contrast.scores, contrast.weights, errors)
 
 

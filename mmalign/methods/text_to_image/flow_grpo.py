@@ -116,9 +116,12 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, r
     scale, clip = cfg.advantages.scale, cfg.advantages.clip
     values = advantages(generated.rewards, scale=scale, clip=clip, weights=batch.weights, total=policy.total)
     contrasts, family, k = list[Contrast](), policy.family, cfg.generation.images
+    # One step of the windows after another, each for some prompts
     for number in range(len(path.starts)):
         for part in parts(len(batch.rows), cfg.generation.prompts_per_contrast):
+            # The windows of the prompts begin at steps of their own
             sub, index = batch[part], path.first[part] + number
+            # [W, K, B, ...] -> [KB, ...]: this step of these prompts
             kept = (path.starts, path.means, path.stds, path.ends)
             starts, means, stds, ends = (x[number, :, part].flatten(0, 1) for x in kept)
             text = guided(family, sub, cfg.generation.guidance)
@@ -135,6 +138,7 @@ def sample_path(
     """Generate the images of a batch; return the steps to learn from, the judged images, and the sampler's times."""
     own, device = cfg.generation, batch.weights.device
     size = own.window or own.steps
+    # A window of successive steps for each prompt, and the distance of every step from the window's first
     first = rng.integers(batch.rows, 0, own.steps - size + 1, "window").to(device)
     distance = torch.arange(own.steps, device=device)[:, None] - first  # [S, B]
     stochastic = (distance >= 0) & (distance < size)
@@ -149,13 +153,16 @@ def sample_path(
         batch_size=own.batch_size,
     )
     x = start_latents(batch, own, rng)
+    # Filled while the images are sampled, since each prompt has another window
     starts, means, ends = (x.new_zeros(size, *x.shape) for _ in range(3))
     path = Path(first, starts, means, x.new_zeros(size, *x.shape[:2], 1, 1, 1), ends)
     for index in range(own.steps):
         law = walk.law(x, index, walk.prediction(x, index))
         following = law.sample(walk.noise(len(x), index))
+        # Prompts whose window has this step
         rows = stochastic[index].nonzero().flatten()
         for kept, values in ((path.starts, x), (path.means, law.mean), (path.stds, law.std), (path.ends, following)):
+            # Indices around a slice put their own dimension first: [prompts, K, ...]
             kept[distance[index, rows], :, rows] = values[:, rows].transpose(0, 1)
         x = following
     return path, judge_latents(policy.family, batch, x), walk.times
@@ -172,9 +179,11 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the clipped loss of the steps, and their divergence from the reference's."""
     view, number, schedule = contrast.view, len(contrast.weights), policy.family.schedule
     law = step_law(policy.family, cfg, view, policy.model)
+    # Length of each step, as a share of all timesteps
     length = (timestep(schedule, view.t) - timestep(schedule, view.prev)) / schedule.num_timesteps
     log_ratio = law.log_prob(view.to) - contrast.old.log_prob(view.to)
     if cfg.guard:
+        # Less its mean and without its scale: noise times the change of the mean, on average over the elements
         log_ratio = (log_ratio + law.kl(contrast.old)) * law.std.flatten()
     ratio = by_prompt(log_ratio.exp(), number)
     losses = clipped(ratio, contrast.advantages, cfg.clip, cfg.clip)

@@ -69,6 +69,7 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng
     """Return one contrast: both images of every pair, inverted to the pair's t."""
     clean = _denoising.sample_clean_pairs(policy.family, batch, cfg.caption_dropout, rng)
     if batch.precomputed is not None:
+        # [B, 2, C, H, W] -> [2B, C, H, W], the chosen images first
         x_t = batch.precomputed["x_t"].transpose(0, 1).flatten(0, 1)
     else:
         x_t = invert_pairs(policy, batch, clean, cfg, rng)
@@ -93,6 +94,7 @@ def invert_pairs(
     """Invert the images to x_t [2B, C, H, W] with the bare network of the policy or of the reference."""
     schedule = policy.family.schedule
 
+    # Noise [2B, C, H, W] of an inversion's step
     def fresh(number: int) -> Tensor:
         z = rng.normal(batch.rows, (2, *clean.x_0.shape[1:]), "inversion", number)
         return z.transpose(0, 1).flatten(0, 1).to(clean.x_0.device)

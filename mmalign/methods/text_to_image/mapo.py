@@ -46,6 +46,7 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the chosen image's error plus the weighted loss of the margin between bounded scores."""
     scores = denoising_scores(policy.family, policy.model, contrast.view)
+    # A score is -1/2 of the error
     chosen, rejected = -2 * scores["chosen"], -2 * scores["rejected"]
     schedule = policy.family.schedule
     snr = own_snr(schedule) if cfg.snr is None else cfg.snr

@@ -185,6 +185,7 @@ def best_and_worst(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor, Te
     A pair is sure if the softmax over its two scores gives probabilities that differ by more than the threshold.
     """
     best, worst = scores.max(0), scores.min(0)
+    # The difference of a softmax over two scores
     return best.indices, worst.indices, torch.tanh((best.values - worst.values) / 2) > threshold
 
 
@@ -197,9 +198,8 @@ def _contrast(
     summary: Mapping[str, Tensor],
 ) -> Contrast:
     """Return a contrast of the pairs, with the reference's scores."""
-    # Index of every pair's first and last start among all M starts
     device = batch.weights.device
-    # First and last row of every pair
+    # Index of every pair's first and last start among all M starts
     sizes = [len(pair.start) for pair in pairs]
     first = torch.tensor(sizes).cumsum(0) - torch.tensor(sizes)
     last = first + torch.tensor(sizes) - 1

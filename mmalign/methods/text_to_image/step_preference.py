@@ -92,6 +92,7 @@ def _shares(family: StepJudge, batch: EncodedPairs, cfg: Config) -> Tensor:
         return torch.ones_like(batch.weights) if batch.labels is None else batch.labels.preference
     clean = to_pil(decode_images(family.denoiser, batch.latents.mean))
     chosen, rejected = batch.reward_model(clean, list(batch.prompts) * 2).to(batch.weights).chunk(2)
+    # How much the probabilities of the two sides differ
     sure = torch.tanh((chosen - rejected).abs() / 2) > cfg.tie_margin
     return torch.where(sure, (chosen > rejected).float(), 0.5)
 

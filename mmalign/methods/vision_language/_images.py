@@ -27,6 +27,7 @@ def with_changed_images(
     """
     chosen, views, keys = batch.tokens[: len(batch.rows)], dict[str, ImageView](), list[tuple[str, ...]]()
     for row, images in zip(batch.rows, chosen.images, strict=True):
+        # A name for each change, since rows may share an image
         named = [(f"{key}, disturbed for {row}, {place}", place, key) for place, key in enumerate(images)]
         views |= {
             new: family.processor.preprocess_image(change(batch.decoded_images[key], row, place))

@@ -117,8 +117,10 @@ def answer(
     tokenized = [_row(family, prompt, said) for prompt, said in zip(prompts, generated, strict=True)]
     usable = torch.tensor([row is not None for row in tokenized]).view(cfg.answers, number).all(0)
     rows = [row or _placeholder(prompt) for row, prompt in zip(tokenized, prompts, strict=True)]
+    # Questions with equal rewards, or with an answer that cannot be trained, count for nothing
     rewards, usable = rewards.to(batch.weights.device), usable.to(batch.weights.device)
     weights = batch.weights * informative(rewards) * usable
+    # What the log says, of all questions but padding
     cut = torch.tensor([float(said.is_cut) for said in generated]).view(cfg.answers, number).T
     lengths = torch.tensor([float(len(row.response)) for row in rows]).view(cfg.answers, number).T
     real, means = batch.weights > 0, {"answer tokens": lengths.mean(1), "cut answers": cut.mean(1)}
@@ -130,6 +132,7 @@ def answer(
 def _row(family: VisionLanguage, prompt: TokenizedResponse, answer: GeneratedText) -> TokenizedResponse | None:
     """Return a question with an answer; None for an answer that holds tokens of images, or no token at all."""
     row = TokenizedResponse((*prompt.ids, *answer.ids), len(prompt.ids), prompt.images)
+    # Tokens of images in the answer would ask for images that nobody gave
     more = len(family.processor.image_token_positions(row)) - len(family.processor.image_token_positions(prompt))
     return row if answer.ids and not more else None
 

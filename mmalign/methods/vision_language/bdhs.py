@@ -131,6 +131,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     contrast: Contrast = make(policy, batch, cfg, rng)
     score = partial(response_scores, policy.family, batch=contrast.batch, views=contrast.views, mean=cfg.mean)
     scores = reference_scores(policy, batch, score)
+    # Cached scores cover all views, also those that this batch does not have
     if batch.precomputed is not None and scores is not None:
         scores = {view: scores[view] for view in (*contrast.views, TOKEN)}
     return [replace(contrast, reference=scores)]
@@ -177,6 +178,7 @@ def _offline(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Confi
     """Return the contrast of the data's pairs, with the hallucinated responses that the data have."""
     texts = []
     for pair in batch.pairs:
+        # Nothing else is learned from: the hallucinated response is the rejected one
         if cfg.gamma == 0 and pair.hallucinated:
             texts.append(_Texts(pair.chosen, pair.hallucinated))
         else:
@@ -211,7 +213,6 @@ def _online(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config
 
 def _mixed(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> Contrast:
     """Return the contrast of the pairs, some replaced by two sampled answers that the annotator ranks."""
-    # Two answers of the policy for every replaced pair
     mixed = cfg.mixed
     sampler = ResponseSampler(policy.family, policy.unwrapped, rng)
     # Two answers of the policy to a share of the prompts
@@ -258,6 +259,7 @@ def _preferences(batch: EncodedResponses, mixed: MixedConfig, sampled: Sequence[
             for pair, shown, one in zip(pairs, images, sampled, strict=True)
         ]
     assert batch.judge is not None, "mixed.reward needs a judge of responses"
+    # Both answers of all pairs in one call
     answers = [*(one.first for one in sampled), *(one.second for one in sampled)]
     first, second = batch.judge(images * 2, [as_text(pair.turns) for pair in pairs] * 2, answers).chunk(2)
     preferences: list[float] = (first - second).tolist()
@@ -335,6 +337,7 @@ def _rows(
         )
 
     tokenized = rows(pair.images)
+    # The data's own rejected response may have been given for other images
     if texts.rejected == pair.rejected and pair.rejected_images != pair.images:
         tokenized[1] = rows(pair.rejected_images)[1]
     return [cut_tail(row, batch.max_length) for row in tokenized]

@@ -63,8 +63,10 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     values = _advantages(cfg, answered.rewards, batch.weights, policy.total)
     once = answered.parts(cfg.generation.questions_per_contrast)
     for questions in once:
+        # Row k * B + b is answer k to question b
         every = [(k, b) for k in range(cfg.generation.answers) for b in questions]
         given = answered.select(family, questions, every)
+        # Old scores, unless no update precedes the only use of this contrast
         moves = bool(contrasts) or cfg.generation.updates > 1
         score = partial(family.token_logps, tokens=given.tokens, features=given.features)
         old, reference = score(policy.unwrapped) if moves else None, policy.on_reference(score)
@@ -77,6 +79,7 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     batch = contrast.batch
     number, mask = len(batch.rows), batch.tokens.response_mask
     logps = policy.family.token_logps(policy.model, batch.tokens, batch.features)
+    # No update since the answers: the policy is the old one
     old = logps.detach() if contrast.old is None else contrast.old
     ratio = policy_gradient.ratios(logps, old, mask, cfg.importance)
     limits = (contrast.advantages[:, None], cfg.clip_low, cfg.clip_high)

@@ -55,6 +55,7 @@ def judge(policy: Policy[VisionLanguage], contrast: Contrast, by: str) -> Judged
     own = _output_scores(policy.family, batch, policy.model)
     lengths = batch.tokens.num_tokens.float().reshape(-1, number).T
     more = {"output log-probability": own[OUTPUTS].detach(), "output tokens": lengths}
+    # Cached scores may be those of a batch with longer lists
     if reference is not None:
         more["output token gain"] = (own[TOKENS] - reference[TOKENS][:, :most]).detach()
     compared = reference[by][:, :most] if reference is not None else None

@@ -81,8 +81,10 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
         pair_loss_against(link, policy_scores, reference_scores, view)
         for link, view in zip(links, ("rejected", "cropped"), strict=True)
     )
+    # The anchor: the chosen response becomes more likely than under the reference, by a margin
     pair = pair_of(policy_scores, reference_scores, *PAIR)
     anchor = pairwise.anchor(*pair, beta=cfg.beta, delta=cfg.delta)
+    # The losses of the links have the row's weight already
     if batch.labels is not None:
         anchor = batch.labels.weight * anchor
     terms = {"text loss": text, "image loss": image, "anchor loss": anchor}

@@ -51,6 +51,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     answered, contrasts = answer(policy, batch, cfg.generation, rng, cfg.mixture), list[Contrast]()
     ends = [answered.rewards.argmax(1).tolist(), answered.rewards.argmin(1).tolist()]
     for questions in answered.parts(cfg.generation.questions_per_contrast):
+        # The best answers to all questions, then the worst
         given = answered.select(policy.family, questions, [(end[b], b) for end in ends for b in questions])
         contrasts.append(Contrast(_responses.Contrast(given, _reference_scores(policy, given, cfg)), answered.summary))
     return contrasts * cfg.generation.updates

@@ -103,6 +103,7 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     batch, reference_scores, links = contrast.batch, contrast.reference, bound_links(cfg, contrast.batch)
     policy_scores = noisy_scores(policy.family, policy.model, batch, contrast.noisy, mean=cfg.mean)
     if cfg.combine == "paper":
+        # For policy and reference alike, a pair whose worse side is the weighted mean
         worse, noisy = (pair_of(policy_scores, reference_scores, "chosen", view) for view in ("rejected", "noisy"))
         mixed = (
             Pair(one.chosen, cfg.gamma * one.rejected + (1 - cfg.gamma) * other.rejected)
@@ -137,6 +138,7 @@ def noisy_scores(
     """
     response_ids, mask, half = batch.tokens.responses, batch.tokens.response_mask, len(batch.rows)
     padded = F.pad(noisy, (0, response_ids.shape[1] - noisy.shape[1]))  # the rejected responses may be longer
+    # Two targets for a token [2B, R, 2]: the written one, and for the chosen rows the noisy one
     targets = torch.stack([response_ids, torch.cat([padded, response_ids[half:]])], -1)
     responses, others = family.token_logps(net, batch.tokens, batch.features, targets).unbind(-1)
     noisy_view = view_scores(others[:half], mask[:half], ("noisy",), mean=mean)

@@ -54,6 +54,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     kept = selected(cfg, answered.rewards, rng.uniform(batch.rows, (cfg.generation.answers,), "rejection"))
     for questions in answered.parts(cfg.generation.questions_per_contrast):
         question, k = kept[questions].nonzero().T
+        # Answers as (k, b), with b counted in the whole batch
         places = [(number, questions[n]) for n, number in zip(question.tolist(), k.tolist(), strict=True)]
         contrasts.append(Contrast(answered.select(policy.family, questions, places), question, answered.summary))
     return contrasts * cfg.generation.updates

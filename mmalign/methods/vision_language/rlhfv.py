@@ -80,8 +80,10 @@ def changed_positions(
     blocks = difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
     alike = [block for block in blocks if block.size >= min_block]
     changed_places: tuple[list[int], list[int]] = ([], [])
+    # Whatever lies between two common blocks; the empty block at the end closes the last gap
     a, b = 0, 0
     for start_a, start_b, size in [*alike, (len(first), len(second), 0)]:
+        # Without insertions only what one side has in place of something else
         if insertions or (start_a > a and start_b > b):
             changed_places[0].extend(range(a, start_a))
             changed_places[1].extend(range(b, start_b))
