@@ -73,6 +73,7 @@ def load_bare(recipe: Recipe, device: torch.device) -> Any:
     """
     model, options = recipe.model, recipe.train
     size = recipe.data.resolution if isinstance(recipe.data, ImageData) else None
+    # Merged on loading; an adapter to continue is added by `build_policy`
     adapter = model.adapter
     disable_progress_bars()
     return modality_of(recipe).load_family(
@@ -229,8 +230,10 @@ def _combination(configs: Sequence[WeightedReward], combine: Combine) -> Combina
 def _score_cache(config: RewardConfig, folder: Path | None) -> ScoreCache | None:
     """Return the cache of a judge's scores; None without a folder, for comparisons, and for code that is in no file."""
     cfg, options = reward_config(config.name, config.options), dict(config.options)
+    # Scores that depend on a call's other outputs cannot be stored one by one
     if folder is None or cfg.compares:
         return None
+    # The model behind an address
     if served := cfg.served_model(config.path):
         options["model"] = served
     identity = fingerprint.fingerprint_judge(config.name, config.path, options, runs_path=cfg.runs_path)
@@ -294,6 +297,7 @@ def check_reward_model(key: str, reward: Rewards, *, responses: bool = False, tr
     if all(config.at_least is not None for config in configs):
         raise ValueError(f"{key}: at_least makes all of them constraints; name a reward model without it too")
     for number, config in enumerate(configs):
+        # Several are named by their places in the list
         place = key if isinstance(reward, RewardConfig) else f"{key}.{number}"
         if config.at_least is not None and config.weight != 1:
             raise ValueError(f"{place}.weight: {config.weight:g} means nothing beside at_least; leave one of them out")

@@ -29,6 +29,7 @@ def implicit_reward_benchmark(
     seed = recipe.evaluate.seed if recipe.evaluate is not None else 0
 
     def measure(policy: Policy[Any], *_: object) -> Result:
+        # Any model has an implicit reward of pairs: the method's own needs do not count
         batches = validation_batches(recipe, policy, splits, Requirements())
         move_beside_family(policy)
         report = implicit_reward.accuracy(

@@ -95,9 +95,11 @@ def _check_prompts_only(recipe: Recipe) -> None:
     """Refuse settings of `data` that a method that generates its images does not read."""
     if not requirements_of(recipe.method).generates:
         return
+    # Options that only pairs have, and for a text file those of tables
     data, unread = recipe.data, ["group_by", "max_bad", "num_workers", "fit", "crop", "flip"]
     from_text = isinstance(data, ImageData) and data.has_prompts_only
     unread += ["images", "split", "columns"] if from_text else []
+    # Those that differ from their defaults were given
     given = [name for name in unread if getattr(data, name) != type(data).model_fields[name].default]
     if given:
         source = (
@@ -115,6 +117,7 @@ def _check_sampling(name: str, recipe: Recipe, section: EvaluateImages | Prepare
         check_reward_model(f"{name}.reward", section.reward)
     if isinstance(section, EvaluateImages) and section.best_of is not None:
         check_reward_model("evaluate.best_of.reward", section.best_of.reward)
+    # Prompts: those of a file, or a number of them
     given = False
     if isinstance(section.prompts, str):
         if isinstance(section, PrepareImages) and section.prompt_pairs:
@@ -127,6 +130,7 @@ def _check_sampling(name: str, recipe: Recipe, section: EvaluateImages | Prepare
         raise ValueError(
             f"{name}.prompts: expected at least 1, or a file with one prompt a line, got {section.prompts}"
         )
+    # Whatever generates needs sources for a model that edits
     if isinstance(section, PrepareImages) or section.benchmark != "implicit":
         check_prompt_sources(f"{name}.prompts", recipe.model, given=given)
     resolution = section.sampling.resolution

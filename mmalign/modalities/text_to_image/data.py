@@ -61,6 +61,7 @@ def _open_prompts_or_pairs(recipe: Recipe, data: ImageData, needs: Requirements)
     columns: dict[str, Any] = {"split": data.split, "columns": data.columns, "group_by": data.group_by}
     columns |= {"learning": needs.learning, "cut_pairs": data.cut_pairs, "labels": needs.labels}
     columns["images"] = Path(locate(data.images)) if data.images is not None else None
+    # Prompts alone, from a text file or from pairs
     if needs.generates:
         if data.has_prompts_only:
             return open_prompts(path, data.limit)
@@ -76,6 +77,7 @@ def _open_prompts_or_pairs(recipe: Recipe, data: ImageData, needs: Requirements)
             f"method.name: {recipe.method.name} compares two images under two prompts; most methods take rows of one "
             "prompt"
         )
+    # What only pairs of images have
     columns |= {"ties": needs.ties, "sources": source_use(recipe), "margins": Margins(data.margin, data.margin_scale)}
     if isinstance(recipe.model, ImageJudgeModel):
         columns["attributes"] = recipe.model.attributes
@@ -205,6 +207,7 @@ def _fill_text(
     depends["tokenizers"] = fingerprint.fingerprint_tokenizer(family)
     text = ArrayCache.open(cache_folder(data, output) / "text", depends)
     share = partial(text.share, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    # Edits if the encoder sees their sources, else prompts; each process encodes its share
     if edits:
         wanted = {key: edit for views in edits for key, edit in views.edits()}
         keys = share(wanted)

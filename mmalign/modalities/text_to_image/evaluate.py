@@ -142,6 +142,7 @@ def _prompts_and_seeds(section: EvaluateImages) -> tuple[list[Prompt], list[int]
     """Return the prompt and the seed of every image; all images of a prompt are adjacent."""
     distinct = load_prompts("evaluate.prompts", section.prompts, section.split, section.seed)
     prompts = [prompt for prompt in distinct for _ in range(section.images_per_prompt)]
+    # Sections with other seeds have other images
     return prompts, [section.seed * 1_000_003 + index for index in range(len(prompts))]
 
 
@@ -213,6 +214,7 @@ def _measure_side(samples: Sequence[Mapping[str, Any]], records: Sequence[Mappin
     if "parts" in records[0]:
         metrics.append(scenes.measure_scenes([record["parts"] for record in records], keys, groups))
     if "judged" in records[0]:
+        # A win is over the base model's image
         rewards = [record["judged"] for record in records], [sample["before"]["judged"] for sample in samples]
         metrics.append(preference.measure_scores(*rewards, keys, groups))
     if "apart" in records[0]:
@@ -243,6 +245,7 @@ def choose_best(
         sources: the images that the prompts edit.
     """
     assert section.best_of is not None
+    # The images at hand are candidate 0
     more = best_of.candidate_seeds(seeds, max(section.best_of.n))[1:]
 
     def run(net: nn.Module) -> list[Image.Image]:
@@ -253,6 +256,7 @@ def choose_best(
     generated = policy.on_reference(run)
     assert generated is not None
     images = [*first, *generated]
+    # Candidate k for prompt i is image k * size + i
     size = len(prompts)
     scores = chooser(images, [*prompts] * (len(more) + 1)).view(-1, size).tolist()
     return {
@@ -290,6 +294,7 @@ def _caches(
     """Return the image caches of the base and the trained model."""
     folder = _folder(recipe, section)
     atomic_io.make_folder("evaluate.cache", folder)
+    # The base model is the one that the training began with
     models = identity["trained"]["identity"]["model"], fingerprint.fingerprint_weights(policy.unwrapped)
     assert isinstance(recipe.model, ImageModel)
     settings = cache_settings(recipe.model, recipe.train.precision, section.sampling)

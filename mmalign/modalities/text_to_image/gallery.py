@@ -55,6 +55,7 @@ def read(folder: Path) -> SamplesFile[PictureSample]:
     """
     content = read_samples(SamplesFile[PictureSample], folder)
     sides = [side for sample in content["samples"] for side in (sample["before"], sample["after"])]
+    # The measures of an image; of its parts `correct` alone, since prompts have different ones
     measured = {frozenset(side) | frozenset(side.get("parts", {})) & {"correct"} for side in sides}
     if len(measured) > 1 or any("parts" in some and "correct" not in some for some in measured):
         raise ValueError(f"{folder / SAMPLES}: is damaged (its samples differ in their measures); {EVALUATE_AGAIN}")
@@ -114,6 +115,7 @@ def write_images(file: Path, recipes: Mapping[str, Recipe]) -> None:
     # Images of every recipe at the first prompts
     samples = {name: read(Path(recipe.output) / "evaluation")["samples"] for name, recipe in recipes.items()}
     base, recipe = next(iter(samples.values())), next(iter(recipes.values()))
+    # The first image of each of the first prompts
     indices = list({sample["prompt"]: i for i, sample in reversed(list(enumerate(base)))}.values())[::-1][:SHOWN]
     first, columns = Path(recipe.output), dict[str, list[RatedImage]]()
     if SOURCE in base[0]:

@@ -32,6 +32,7 @@ def check_model(model: Model) -> None:
             f"model.path: {path} is a file; expected the folder of a diffusers pipeline, a .safetensors file, or a "
             ".ckpt file with allow_pickle"
         )
+    # A single file needs the configuration of a pipeline, and a pipeline has its own
     if Path(path).is_file() != (config is not None):
         problem = "is a single file" if config is None else "is no single file"
         remedy = "name a pipeline with the same layout as model.config, such as the model that it was fine-tuned from"
@@ -41,6 +42,7 @@ def check_model(model: Model) -> None:
     check_variant(path, model.variant)
     if model.vae is not None:
         located("model.vae", model.vae)
+    # A class that an adapter knows, or a family from outside
     if model.family is None:
         loading.pipeline_class(path if config is None else located("model.config", config), model.revision)
     else:
@@ -63,6 +65,7 @@ def source_use(recipe: Recipe) -> Sources | None:
     editing = EDITORS.get(kind or "")
     if is_named and kind is not None and editing is None:
         raise ValueError(f"data.columns: {not_editing(path, kind)}")
+    # A named column is needed; otherwise it depends on the model
     if is_named or editing is None:
         return "required" if is_named else None
     return editing.sources

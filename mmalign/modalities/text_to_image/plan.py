@@ -36,6 +36,7 @@ def encode_example(family: TextToImage, recipe: Recipe, needs: Requirements, spl
 
     outputs = _num_outputs(needs, splits)
 
+    # One row again and again, since shapes alone count
     def batch(number: int) -> EncodedPairs:
         repeated = [latents] * outputs * number
         return EncodedPairs(

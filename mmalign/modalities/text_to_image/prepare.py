@@ -106,6 +106,7 @@ def _judge_couples(
     """Judge the best image of each prompt by both prompts of its couple."""
     asked_for = prompts[:: section.images_per_prompt]
     shown = [images[i] for i in best_of_each(scores, section.images_per_prompt)]
+    # The other prompt of the couple: 0 and 1, 2 and 3, ...
     swapped = [asked_for[i ^ 1] for i in range(len(asked_for))]
     # In one call, so that votes compare the two images of a prompt
     own, crossed = reward_model([*shown, *shown], [*asked_for, *swapped]).view(2, -1).tolist()

@@ -37,6 +37,7 @@ def open_previews(family: TextToImage, recipe: Recipe, splits: Splits) -> Previe
     """
     wanted, section = recipe.train.samples, recipe.evaluate
     assert isinstance(recipe.data, ImageData)
+    # Prompts of a file, or distinct ones of pairs: held out if there are any
     if isinstance(wanted, str):
         asked = read_prompts("train.samples", wanted)
     else:
@@ -44,6 +45,7 @@ def open_previews(family: TextToImage, recipe: Recipe, splits: Splits) -> Previe
         every = (Prompt(pair.prompt, pair.source) for pair in (pairs[index] for index in range(len(pairs))))
         asked = list({(prompt.text, prompt.source and prompt.source.key): prompt for prompt in every}.values())[:wanted]
     prompts, sources = [prompt.text for prompt in asked], sources_of(asked)
+    # Sampled as in the evaluation, if there is one
     sampling = SamplingConfig(resolution=recipe.data.resolution)
     if isinstance(section, EvaluateImages):
         sampling = section.sampling

@@ -40,10 +40,12 @@ def show(recipe: Recipe, splits: Splits, number: int, *, model: str | None = Non
     data, needs, train = recipe.data, requirements_of(recipe.method), splits[0]
     assert isinstance(data, ImageData)
     disable_progress_bars()
+    # Configurations alone: networks have no weights
     path = fetch_configurations(model or recipe.model.path, recipe.model.revision)
     family = load_family(path, Loading(META, revision=recipe.model.revision))
     sources = [pairs for pairs in splits if pairs is not None]
     facts = list(_truncated(family, sources))
+    # Prompts alone have no images to measure
     if needs.generates:
         order = EpochSampler(len(train), 1, recipe.train.seed).order(0)
         return DataView(facts, [TrainingExample(train[n].location, train[n].prompt) for n in order[:number]])
@@ -53,6 +55,7 @@ def show(recipe: Recipe, splits: Splits, number: int, *, model: str | None = Non
         median = by_area[len(by_area) // 2]
         facts.append(f"{len(by_area):,} different images: {by_area[0]} to {by_area[-1]} pixels, median {median}")
     facts += summarize_cuts(shapes, sources, pad=data.fit == "pad")
+    # The first examples of the first epoch, in the training's order
     transform = ImageTransform(data.crop, data.flip, pad=data.fit == "pad")
     balance = Balance.of(train, needs.liked_share)
     order = EpochSampler(len(train), 1, recipe.train.seed, shapes=shapes.of_all(train), balance=balance).order(0)
@@ -74,6 +77,7 @@ def _example(reader: ImagePairReader, pair: ImagePair) -> TrainingExample:
     sides = []
     names = [*output_names(len(pair.outputs), pair.scores), "source"]
     for name, pixels, sizes in zip(names, example[PIXELS], example[SIZES], strict=False):
+        # Size after scaling, then the corner of the crop
         height, width, top, left, *_ = sizes.tolist()
         (image,) = to_pil(pixels[None])
         place = f", cut at {left}, {top} of the scaled image" if top or left else ""

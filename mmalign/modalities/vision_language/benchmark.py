@@ -150,6 +150,7 @@ def _objects(section: EvaluateResponses, words: Vocabulary, images: Sequence[str
 
 def _score_pope(section: EvaluateResponses, files: Files) -> list[Metrics]:
     questions = _pope_questions(section)
+    # One file for all splits, one after another
     if isinstance(files, str) and len(questions) > 1:
         return [pope.score(questions, _answers_of_all(files, questions), _parser(section))]
     by_split = {next(iter(questions)): files} if isinstance(files, str) else files
@@ -185,6 +186,7 @@ def _score_captions(section: EvaluateResponses, files: Files) -> list[Metrics]:
     assert section.questions is None or isinstance(section.questions, str)
     responses, words = read_responses(files, section.questions), load_vocabulary("vocabulary", section.vocabulary)
     objects = _objects(section, words, [response.image for response in responses])
+    # Images by the names that the truth has
     ids = match_images([response.image for response in responses], objects)
     responses = [replace(response, image=image) for response, image in zip(responses, ids, strict=True)]
     return [_CAPTION_SCORES[section.benchmark](responses, objects, words)]

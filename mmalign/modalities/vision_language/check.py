@@ -59,6 +59,7 @@ def check_data(recipe: Recipe) -> None:
 
 def _check_question_files(section: EvaluateResponses) -> None:
     """Check the files that a section of questions names."""
+    # All files that the section names, by key
     named: dict[str, Files | None] = {"questions": section.questions, "labels": section.labels}
     if isinstance(section.annotations, Coco):
         for key in ("instances", "captions"):
@@ -67,6 +68,7 @@ def _check_question_files(section: EvaluateResponses) -> None:
         named["annotations"] = section.annotations
     if section.answers is not None:
         named |= {f"answers.{side}": getattr(section.answers, side) for side in ("before", "after")}
+    # One file, or one for each split
     for key, files in named.items():
         for file in [files] if isinstance(files, str) else (files or {}).values():
             located(f"evaluate.{key}", file, resolve)

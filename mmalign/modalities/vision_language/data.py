@@ -54,6 +54,7 @@ def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
         truths=needs.generates and needs.reward is not None and loading.needs_truths(needs.reward),
     )
     check_max_bad(pairs.skipped, data.max_bad, pairs.source)
+    # Rejected responses, for whatever compares with them
     comparing = [f"method.name: {recipe.method.name}"] if needs.rejected else []
     comparing += ["evaluate.benchmark: implicit"] if recipe.evaluate and recipe.evaluate.benchmark == "implicit" else []
     if comparing and not pairs[0].rejected and needs.learns_from == "pairs":

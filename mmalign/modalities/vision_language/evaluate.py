@@ -246,6 +246,7 @@ def _ask(
     assert isinstance(recipe.model, ResponseModel)
     folder = _folder(recipe, section)
     atomic_io.make_folder("evaluate.cache", folder)
+    # All that answers depend on besides the model and its decoding
     settings = {
         "precision": recipe.train.precision,
         "seed": section.seed,
@@ -260,6 +261,7 @@ def _ask(
         return AnswerCache(folder, of_model, is_writer=processes.is_main)
 
     before, after = (cache(model, section.decoding) for model in models)
+    # Candidates for the best of n: sampled answers of the base model, with a cache for each number
     sampling = section.decoding.model_copy(update={"temperature": best.temperature} if best is not None else {})
     numbers = range(1, max(best.n) + 1) if best is not None else ()
     candidates = [cache(models[0], sampling, candidate=number) for number in numbers]
@@ -305,6 +307,7 @@ def _read_sides(recipe: Recipe, sides: Sequence[str]) -> list[list[Metrics]]:
         for part, items in benchmark.parts.items()
         if items
     }
+    # Questions without an answer of the base model were left out for both
     benchmark = benchmark.without_images(
         {
             item.question.image
@@ -323,6 +326,7 @@ def _read_sides(recipe: Recipe, sides: Sequence[str]) -> list[list[Metrics]]:
         read = {part: [answer(side, part, x.question.id) for x in items] for part, items in benchmark.parts.items()}
         scores = {part: [score for _, score in rows if score is not None] for part, rows in read.items()}
         texts = {part: [text for text, _ in rows] for part, rows in read.items()}
+        # A judge has scored all answers or none
         return texts, scores if len(_flat(scores)) == len(_flat(texts)) else None
 
     by_side = [columns(side) for side in sides]

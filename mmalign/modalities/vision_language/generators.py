@@ -88,6 +88,7 @@ def load_work(
     rng, settings = KeyedRNG(section.seed), settings_of(section)
     if isinstance(settings, PreparePovid):
         return _povid(settings, pairs, rng, writer)
+    # The model's own answers: several for a judge, or one
     if not isinstance(settings, PrepareBdhs | PrepareRealign):
         sampler, dependencies = _sampler(recipe, device, rng)
         if isinstance(settings, PrepareJudged):
@@ -160,6 +161,7 @@ def _povid(settings: PreparePovid, pairs: Pairs[ResponsePair], rng: KeyedRNG, wr
         writer = _writer("prepare.povid.corruptor", settings.corruptor)
     if writer is not None:
         return Work(partial(rule_corrupted, writer), {"corruptor": qualified_name(writer)})
+    # Rules on a vocabulary and on objects that appear together: known for the bundled world, else counted in the answers
     vocabulary = load_vocabulary("prepare.povid.vocabulary", settings.vocabulary)
     together: Companions
     if settings.vocabulary == CROWDS:

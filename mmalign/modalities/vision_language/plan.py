@@ -36,6 +36,7 @@ def encode_example(family: VisionLanguage, recipe: Recipe, needs: Requirements, 
     assert isinstance(data, ResponseData)
     longest = min(family.processor.max_length, data.max_length or sys.maxsize)
     reader = ResponsePairReader(family.processor, longest, needs.decoded_images, needs.other_images)
+    # Pairs at hand, or one of usual sizes; responses that are generated are as long as allowed
     pairs = list(_usual_pairs(needs) if splits is None else _spaced(splits[0]))
     if needs.generates:
         chosen, rejected = ("word " * needs.new_tokens + end for end in ("one.", "two."))
@@ -46,6 +47,7 @@ def encode_example(family: VisionLanguage, recipe: Recipe, needs: Requirements, 
         raise ValueError(f"data.path: none of {len(read)} pairs can be read; `mmalign doctor` names the reasons")
     if needs.generates:  # a word may be several tokens
         examples = [(pair, _cut(example, needs.new_tokens)) for pair, example in examples]
+    # The longest first, so that a batch of any size has them
     examples.sort(key=lambda item: -_length(item[1]))
 
     def batch(size: int) -> EncodedResponses:
@@ -59,6 +61,7 @@ def encode_example(family: VisionLanguage, recipe: Recipe, needs: Requirements, 
     if cached and views:
         (tensors,) = family.features_as_tensors(family.encode_images({"longest": views[0]})).values()
         each = sum(x.nbytes for x in tensors.values()) / len(views[0].ids)
+        # All pairs have images of the examples' average size
         number = sum(len(part) for part in splits or () if part is not None)
         caches["features"] = int(number * each * sum(len(view.ids) for view in views) / len(examples))
     leaving = [name for name, _ in family.encoders()] if cached and not needs.vision_tower else []

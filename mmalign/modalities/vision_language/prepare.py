@@ -110,6 +110,7 @@ def _generate(path: Path, section: PrepareResponses, pairs: Pairs[ResponsePair],
         unfinished(path) / "rows.jsonl", _job(section, pairs, work), list[Entry], is_writer=processes.is_main
     )
     processes.gather(None)  # nobody writes before all have read
+    # The log has whole chunks only
     num_done = len(log.entries) * section.save_every
     if num_done:
         logger.info(f"resuming after {min(num_done, len(pairs)):,} of {len(pairs):,} rows")
@@ -152,6 +153,7 @@ def _judge(
     scores = list[list[float]]()
     for start in tracked(range(0, len(entries), section.save_every), "judge"):
         chunk = entries[start : start + section.save_every]
+        # The candidates of all rows one after another; an image is decoded once for the chunk
         asked = [pairs[start + number] for number, entry in enumerate(chunk) for _ in entry["texts"]]
         shown = {ref.key: decode(ref) for pair in asked for ref in pair.images}
         images = [[shown[ref.key] for ref in pair.images] for pair in asked]
@@ -270,11 +272,13 @@ def _synthesized_pairs(
     section: PrepareResponses, pairs: Pairs[ResponsePair], results: Mapping[int, tuple[Entry, list[float]]], work: Work
 ) -> Iterator[SynthesizedPair]:
     """Yield the pairs or lists to write, from the results by row."""
+    # Re-Align's retrieved images are those of other rows
     images = {ref.location: ref for pair in pairs for ref in pair.images} if section.kind == "realign" else {}
     settings = {
         name: value for name, value in settings_of(section).model_dump().items() if name not in work.dependencies
     }
     common = {"kind": section.kind, "seed": section.seed, **work.dependencies, "settings": settings}
+    # Beside a rejected response of the data the generated one is a third response
     beside = section.bdhs is not None and section.bdhs.keep_rejected
     for number, (entry, scores) in results.items():
         pair, texts, origin = pairs[number], entry["texts"], {**entry["notes"], **common}

@@ -34,6 +34,7 @@ def show(recipe: Recipe, splits: Splits, number: int) -> DataView:
     processor = load_processor(find_local(recipe.model.path, recipe.model.revision), recipe.model.revision)
     longest = min(processor.max_length, data.max_length or processor.max_length)
     reader = ResponsePairReader(processor, longest, decoded_images=True, other_images=needs.other_images)
+    # Numbers of evenly spaced pairs, and as examples the first of the first epoch
     measured = [reader.read(train[n], 0) for n in range(0, len(train), max(1, len(train) // NUM_MEASURED))]
     balance = Balance.of(train, needs.liked_share)
     order = EpochSampler(len(train), 1, recipe.train.seed, balance=balance).order(0)
@@ -87,6 +88,7 @@ def _spans(processor: PromptProcessor, row: TokenizedResponse) -> list[TextSpan]
     """Return the row's text: its prompt with runs of equal image tokens shortened, and each scored token."""
     spans, prompt = list[TextSpan](), processor.token_texts(row.ids)
     start = 0
+    # Equal tokens in a row are those of an image
     while start < row.start:
         stop = start + 1
         while stop < row.start and row.ids[stop] == row.ids[start]:
