@@ -65,6 +65,7 @@ class ClipScorer(nn.Module):
             text: tokens of the prompts [M, L], or features of them [M, D].
             places: the places of the prompts' annotators in the mixture [M]; None for unknown ones.
         """
+        # Unit vectors of images [N, E] and prompts [M, E]
         if images.dim() == 2:  # features
             vision, words = self._towers
             last = words.text_projection
@@ -74,12 +75,14 @@ class ClipScorer(nn.Module):
             image = self.clip.encode_image(images, normalize=True)
             prompt = self.clip.encode_text(text, normalize=True)
         image, prompt, scale = image.float(), prompt.float(), self.clip.logit_scale.float().exp()
+        # Scores [N], of one scale for all or by the annotator of each prompt
         number = len(image) // len(prompt)
         if self.annotators is None:
             scores: Tensor = scale * (image * prompt.repeat(number, 1)).sum(-1)
         else:
             places = torch.full((len(prompt),), UNKNOWN, device=prompt.device) if places is None else places
             scores = self.annotators.score(image, self.annotators(prompt, places).repeat(number, 1), scale)
+        # Heads read the same vectors
         if self.attributes is None:
             return scores[:, None]
         return torch.cat([scores[:, None], self.attributes(image, prompt.repeat(number, 1))], 1)
@@ -354,6 +357,7 @@ def load(
         )
     heads = AttributeHeads(attributes, _width(parts.model)) if attributes else None
     network = ClipScorer(parts.model.float(), heads).requires_grad_(False).eval().to(loading.device)
+    # Raises now for a tower without a known last layer, not when training begins
     if head_only:
         network.head()
     return ImageJudge(path, parts, network, loading, head_only)

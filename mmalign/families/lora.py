@@ -59,6 +59,7 @@ def add_lora(
     # Adapters, from their own seed
     ends = "|".join(map(re.escape, sorted(targets)))
     patterns = [rf"{re.escape(within)}\.(.*\.)?({ends})"] if targets else []
+    # peft reads a pattern as whole names, and a list as ends of names
     modules = "|".join([*patterns, *map(re.escape, others)]) if within else list(targets)
     config = LoraConfig(
         r=settings.rank,

@@ -48,6 +48,7 @@ def build_pipeline_parts(path: str, index: dict[str, Any], dtypes: dict[str, tor
     """Return the networks that the index of a diffusers pipeline names, built from their configurations."""
     parts = {}
     for part, kind in index.items():
+        # Parts that are no networks: left out, a tokenizer, a scheduler
         if not isinstance(kind, list | tuple) or kind[0] not in ("diffusers", "transformers"):
             continue
         cls = getattr(importlib.import_module(kind[0]), kind[1])

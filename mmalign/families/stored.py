@@ -71,12 +71,14 @@ def stored_dtypes(folder: Path, variant: str | None = None) -> StoredDtypes:
     variant = variant if any(is_variant(file.name, variant) for file in files) else None
     for file in files:
         if file.suffix == ".safetensors" and (file == folder or is_variant(file.name, variant)):
+            # Headers alone are read
             with safe_open(file, "pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     part = opened.get_slice(name)
                     if (dtype := _DTYPES.get(part.get_dtype())) is not None:
                         names[name] = dtype
                         sizes[dtype] = sizes.get(dtype, 0) + torch.Size(part.get_shape()).numel()
+    # The dtype of most numbers stands for names that are not in the files
     return StoredDtypes(names, max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32), variant)
 
 

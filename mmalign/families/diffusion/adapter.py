@@ -45,9 +45,11 @@ def read_adapter(pipeline: DiffusionPipeline, part: str, net: ModelMixin, path: 
     from peft import PeftModel
 
     check_adapter_path(path)
+    # The reader adds adapters to the network of the pipeline that it gets, here a copy with `net`
     pipeline, place = copy.copy(pipeline), Path(path)
     setattr(pipeline, part, net)
     with intact("model.adapter", path, f"adapters of a {type(pipeline).__name__}"), tensors_only(), in_float32():
+        # A folder of peft's, or a file in any layout that the pipeline's reader knows
         if (place / PEFT_CONFIG).is_file():
             PeftModel.from_pretrained(net, path, adapter_name=TRAINED)
         else:

@@ -78,9 +78,11 @@ def export(
         ValueError: the form does not exist for this pipeline or network, or its reader reads other weights.
     """
     layers = adapter_layers(net)
+    # Whole pipelines
     if form == "merged" or (form == "diffusers" and not layers):
         weights = save_pipeline(pipeline, part, net, folder, name=name, loading=loading, dtype=dtype)
         return _check_pipeline(pipeline, part, folder, weights)
+    # Adapters alone, which belong to the base model as it was published
     if loading.adapter is not None:
         raise ValueError(
             f"this run began with {loading.adapter} merged, without which its adapter is wrong; use merged"
@@ -94,6 +96,7 @@ def export(
     if form == "diffusers":
         save_lora(type(pipeline), part, net, folder, dtype)
     else:
+        # A file with another program's names, which diffusers' converters read back
         file = FILE
         weights = NAMES[form](type(pipeline).__name__, _pairs(net, dtype), net)
         save_file(weights, folder / file, {"format": "pt"})
@@ -150,18 +153,22 @@ def save_pipeline(
     """
     if loading.config is not None:
         return _save_single_file(pipeline, part, net, folder, name=name, loading=loading, dtype=dtype)
+    # Frozen parts, from the base model's files
     source = source_folder(name, loading.revision)
     vae = source_folder(loading.vae, None) if loading.vae else None
     _copy_frozen(source, folder, part, vae, loading.variant)
     stored = stored_dtypes(source / part, loading.variant)
+    # Trained weights; adapters are merged into weights that are read again, since the run's own may be rounded
     plain = net
     if adapter_layers(net):
         plain = _load_part(type(net), source / part, stored.loading, stored.variant, loading.allow_pickle)
     weights = _merged_into(pipeline, part, net, plain, loading)
+    # Saved by a network of the plain class that takes these weights as they are
     with torch.device("meta"):
         bare = type(net).from_config(net.config)
     bare.load_state_dict(cast(weights, dtype or stored.loading), assign=True)
     bare.save_pretrained(folder / part)
+    # Files in the base model's dtypes, beside its own configuration
     if dtype is None:
         restore_dtypes(folder / part, stored)
     copy_files(source / part, folder / part, weights=False)

@@ -114,6 +114,7 @@ def attached(net: nn.Module, tokens: Tensor, **more: Any) -> Iterator[None]:
     def after(_: nn.Module, __: object, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (out[0][:, : -tokens.shape[1]], *out[1:])
 
+    # The pipeline calls the network itself, so its inputs are reached by hooks
     hooks = net.register_forward_pre_hook(before, with_kwargs=True), net.register_forward_hook(after)
     try:
         yield

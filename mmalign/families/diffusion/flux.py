@@ -47,6 +47,7 @@ class Flux(flow_matching.PackedModel):
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         (number, _, height, width), embeds = x_t.shape, cond.tensors["embeds"]
         takes_guidance = self.pipeline.transformer.config.guidance_embeds
+        # Tokens of x_t, then of the source image if there is one
         images = flow_matching.images(x_t, cond)
         with self.loading.autocast():
             tokens = net(
@@ -59,6 +60,7 @@ class Flux(flow_matching.PackedModel):
                 img_ids=torch.cat([self._ids(image, place) for place, image in enumerate(images)]).to(embeds.dtype),
                 return_dict=False,
             )[0]
+        # The answer at the tokens of x_t, one for each 2 x 2 patch
         return flow_matching.unpack(tokens[:, : height * width // 4], height, width)
 
     def _ids(self, image: Tensor, place: int) -> Tensor:

@@ -67,6 +67,7 @@ class Flux2(LatentModel):
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         (number, _, height, width), embeds = x_t.shape, cond.tensors["embeds"]
+        # Each pixel of x_t is a token, since it is a patch already
         with self.loading.autocast():
             tokens = net(
                 x_t.flatten(2).transpose(1, 2),

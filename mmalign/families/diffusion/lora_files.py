@@ -50,6 +50,7 @@ def sd3_weights(weights: Weights, net: ModelMixin) -> Weights:
     known = {underscored(layer) for layer, _ in rows.values()}
     if unknown := sorted({name.partition(".")[0] for name in weights} - known):
         raise ValueError(f"its layer {unknown[0]} is none of a {type(net).__name__}")
+    # A layer of diffusers may be some rows of an original one; alpha / rank is folded into its second matrix
     for layer, (original, places) in rows.items():
         name = underscored(original)
         if (key := f"{name}.lora_down.weight") in weights:
@@ -67,12 +68,14 @@ def _sd3_rows(net: ModelMixin) -> dict[str, tuple[str, Tensor]]:
     """
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
+    # The rows of all original layers, numbered through, in place of their weights
     originals, begins = list(sd3_layers(net).items()), [0]
     checkpoint = {"pos_embed": torch.zeros(0)}
     for layer, parts in originals:
         numbers = begins[-1] + torch.arange(sum(len(net.get_submodule(part).bias) for part in parts))
         checkpoint |= {f"{layer}.weight": numbers, f"{layer}.bias": numbers}
         begins.append(begins[-1] + len(numbers))
+    # The numbers that arrive in a layer tell the original layer and the rows in it
     rows = {}
     for name, numbers in convert_sd3_transformer_checkpoint_to_diffusers(checkpoint).items():
         if name.endswith(".weight"):

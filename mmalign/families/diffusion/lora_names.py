@@ -172,6 +172,7 @@ def _original_name(layer: str, config: Any) -> str:
     """Return the original name of a UNet's layer; its blocks are numbered through all levels."""
     if layer in _OUTSIDE:
         return _OUTSIDE[layer]
+    # A level of the encoder has its layers and a downsampler, one of the decoder a layer more
     per_level = config.layers_per_block + 1
     if (part := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", layer)) is not None:
         return f"middle_block.{_MIDDLE[f'{part[1]}.{part[2]}']}.{_RESNET.get(part[3], part[3])}"
@@ -179,11 +180,13 @@ def _original_name(layer: str, config: Any) -> str:
     if part is None:
         raise ValueError(f"the layer {layer} has no name in the original UNet; leave it out of model.lora.targets")
     side, level, kind, place, rest = part[1], int(part[2]), part[3], int(part[4]), part[5]
+    # Samplers: the down one is a block of its own, the up one the last part of its level's last block
     if kind == "downsamplers":
         return f"input_blocks.{(level + 1) * per_level}.0.op"
     if kind == "upsamplers":
         attends = "CrossAttn" in config.up_block_types[level]
         return f"output_blocks.{(level + 1) * per_level - 1}.{2 if attends else 1}.conv"
+    # Layers; input block 0 is the first convolution
     block = level * per_level + place + (1 if side == "down" else 0)
     prefix = f"{'input' if side == 'down' else 'output'}_blocks.{block}"
     return f"{prefix}.{0 if kind == 'resnets' else 1}.{_RESNET.get(rest, rest)}"
@@ -232,6 +235,7 @@ def _fused(pairs: list[tuple[Tensor, Tensor] | None], outs: list[int]) -> tuple[
     rank, like = max(len(a) for a, _ in known), known[0][0]
     if len(pairs) == 1:
         return known[0]
+    # The parts share one rank: lacking rows and columns are zero
     a_parts, b_parts = [], []
     for pair, out in zip(pairs, outs, strict=True):
         a, b = like.new_zeros(rank, like.shape[1]), like.new_zeros(out, rank)

@@ -86,6 +86,7 @@ class LatentModel(ABC):
         size = ImageSize.parse(sampling.resolution or self.resolution)
         shape, encoders = self.latent_shape(size), dict(self.encoders())
         networks = [*encoders.values(), self.network, *([net] if net is not self.network else [])]
+        # With offloading, only the networks of the present stage are on the device
         with stages(networks, self.loading.device if self.loading.offload else None) as stage:
             stage(*encoders.values())
             if sources is None:
@@ -269,6 +270,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     with intact("model.path", path, f"a {cls.__name__}"), tensors_only(loading.allow_pickle):
         configured = loading.config or path
         index = cls.load_config(configured, revision=loading.revision)
+        # Options of the parts: networks of shapes alone, or a quantized denoiser
         if loading.shapes_only:
             options |= shapes.build_pipeline_parts(configured, index, dtypes)
             if loading.quantize is not None:
@@ -276,11 +278,13 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
         elif loading.quantize is not None and not loading.tokenizers_only:
             part = denoiser_name(cls)
             options |= quantize.pipeline_options(loading.quantize, part, frozen, single_file=loading.config is not None)
+        # Parts that the pipeline lacks, with the tokenizers of lacking encoders
         left_out = [part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] is None]
         left_out += [part.replace("text_encoder", "tokenizer") for part in left_out if part in TEXT_ENCODERS]
         if loading.tokenizers_only:
             left_out += [denoiser_name(cls), "vae", *(part for part in TEXT_ENCODERS if part in index)]
         options = {**dict.fromkeys(left_out), **options}  # diffusers needs an explicit None, e.g. for SD3's T5
+        # Weights, from one file or a folder, and an adapter that the run begins with
         if loading.config is not None and not (loading.tokenizers_only or loading.shapes_only):
             pipeline = load_single_file(cls, denoiser_name(cls), path, loading.config, dtypes)
         else:
@@ -346,6 +350,7 @@ def sample(
         if isinstance(part, nn.Module) and next(part.parameters()).device != device:
             setattr(pipeline, name, None)
     pipeline.scheduler = sampler(sampling.sampler, pipeline.scheduler)
+    # The noise of an image follows from its seed; it is drawn on the CPU, whatever the device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     latents: Tensor = pipeline(

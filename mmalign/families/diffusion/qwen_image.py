@@ -50,6 +50,7 @@ class QwenImage(flow_matching.PackedModel):
 
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         number, _, height, width = x_t.shape
+        # Tokens of x_t, then of the source image if there is one
         images = flow_matching.images(x_t, cond)
         mask = cond.tensors["mask"].bool()
         longest = int(mask.sum(1).max())
@@ -62,6 +63,7 @@ class QwenImage(flow_matching.PackedModel):
                 img_shapes=[[patches(image) for image in images]] * number,
                 return_dict=False,
             )[0]
+        # The answer at the tokens of x_t, one for each 2 x 2 patch
         return flow_matching.unpack(tokens[:, : height * width // 4], height, width)
 
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:

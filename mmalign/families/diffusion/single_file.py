@@ -29,6 +29,7 @@ def load_single_file(
     """
     options: dict[str, Any] = {"local_files_only": True} if Path(config).is_dir() else {}
     dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
+    # Stable Diffusion: the reader takes one dtype, so each part gets its own afterwards
     if part == "unet":
         if "SafetyChecker" in str(cls.__init__.__annotations__):
             options |= {"safety_checker": None, "requires_safety_checker": False}
@@ -37,6 +38,7 @@ def load_single_file(
             if isinstance(module, torch.nn.Module):
                 module.to(dtypes.get(name, dtypes["default"]))
         return pipeline
+    # A transformer alone, whose class the configuration names
     index = cls.load_config(config)
     kind: Any = getattr(importlib.import_module(index[part][0]), index[part][1])
     own = dtypes.get(part, dtypes["default"])

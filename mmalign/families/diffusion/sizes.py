@@ -36,6 +36,7 @@ def check_size(pipeline: DiffusionPipeline, size: ImageSize) -> None:
             f"resolution: got {size}; expected multiples of {multiple} pixels for a {type(pipeline).__name__}; "
             "change data.resolution or sampling.resolution"
         )
+    # Patches of the table of positions, as pixels; without a table every side fits
     config = getattr(pipeline, denoiser_name(pipeline)).config
     longest = config.get("pos_embed_max_size", max(size)) * config.get("patch_size", 1) * pipeline.vae_scale_factor
     if max(size) > longest:

@@ -128,9 +128,11 @@ class ChatTemplate:
         prompt, end_token = self.render(turns), self._eos
         if not self.source:
             return Frame(prompt, prompt, "", "", end_token, end_token)
+        # Text around a stand-in, which no template would change
         before, stand_in, after = self.render(turns, _STAND_IN).rpartition(_STAND_IN)
         if not stand_in:
             raise TemplateError("the chat template drops or changes the answer")
+        # What the template writes between the prompt and an answer
         if before.startswith(prompt):
             lead = before[len(prompt) :]
         elif prompt.startswith(before.rstrip()) and not _OPEN_THOUGHT.search(prompt):
@@ -140,6 +142,7 @@ class ChatTemplate:
                 "the chat template begins an answer in another way than it prompts for one; model.template_arguments "
                 "sets its variables, such as {enable_thinking: false}"
             )
+        # The answer ends with the first special token after it, of two at one place with the longer
         matches = [(after.index(token), -len(token), token) for token in self._special if token in after]
         if not matches:
             return Frame(prompt, before, after, lead, end_token, end_token)
@@ -154,6 +157,7 @@ class ChatTemplate:
         Raises:
             TemplateError: the answer is empty, holds the template's special tokens, or is changed by the template.
         """
+        # White space and end tokens around the answer are the template's to add
         answer, ends = answer.strip(), [token for token in (frame.end_token, self._eos) if token]
         while last := next((token for token in ends if answer.endswith(token)), None):
             answer = answer.removesuffix(last).rstrip()
@@ -163,12 +167,14 @@ class ChatTemplate:
             raise TemplateError(f"a response holds the model's special token {held}")
         if not self.source:
             return answer + frame.end
+        # The answer unchanged between the texts around it, or changed as a thinking block may be
         whole = self.render(turns, answer)
         if whole == frame.before + answer + frame.after:
             return frame.lead + answer + frame.end
         written = whole[len(frame.prompt) : len(whole) - len(frame.after)]
         if whole == frame.prompt + written + frame.after and _is_rendered_thought(frame.prompt, written, answer):
             return written + frame.end
+        # Tell which of both the template changes
         if answer in whole:
             raise TemplateError("the chat template renders another prompt or ending for a response")
         raise TemplateError("the chat template changes a response")

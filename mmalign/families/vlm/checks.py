@@ -55,6 +55,7 @@ def check_processor(path: str, model: PreTrainedModel, processor: ProcessorMixin
             f"model.path: the processor of {path} belongs to another model ({image_token}, and the model's image token "
             f"is {image}); copy the processor's files again"
         )
+    # Models may pad their embeddings to more rows than there are tokens
     num_tokens, num_rows = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
     if num_tokens > num_rows:
         raise ValueError(

@@ -110,6 +110,7 @@ def save_model(
     """
     source = source_folder(name, loading.revision)
     stored = stored_dtypes(source, loading.variant)
+    # Trained weights; adapters are merged into weights that are read again, since the run's own may be rounded
     weights: Mapping[str, Tensor] = model.state_dict()
     if adapter_layers(model):
         plain = _load(source, stored.loading, stored.variant, loading.allow_pickle)
@@ -117,11 +118,13 @@ def save_model(
             read_adapter(plain, loading.adapter)
             absorb_adapters(plain)
         weights = merged_weights(model, plain)
+    # Saved by a model of the plain class that takes these weights as they are
     with torch.device("meta"):
         bare = type(model)(copy.deepcopy(model.config))
     bare.load_state_dict(cast(weights, dtype or stored.loading), assign=True)
     bare.tie_weights()
     bare.save_pretrained(folder)
+    # Files in the base model's dtypes, beside its own configuration
     if dtype is None:
         restore_dtypes(folder, stored)
     copy_files(source, folder, weights=False)

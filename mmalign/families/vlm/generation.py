@@ -115,6 +115,7 @@ def _generate_batch(
         logits_processor=processors,
         stopping_criteria=[_Stop(processor, rows, width, stop)] if stop else [],
     )
+    # A row ended by an end token, by a stop text, or was cut at the limit; its length counts the end token
     new, ends = output[:, width:], torch.tensor(model.generation_config.eos_token_id, device=output.device)
     is_end = torch.isin(new, ends)
     is_ended = is_end.any(1) if new.shape[1] >= decoding.max_new_tokens else torch.ones(len(new)).bool()

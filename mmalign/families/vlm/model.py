@@ -119,10 +119,12 @@ class ImageTextToText:
         return tuple(frozen_parts(self.network, {id(p) for p in _learning(self._model)}))
 
     def _encode(self, view: ImageView) -> BaseModelOutputWithPooling:
+        # The call takes what its signature names; processors return more
         model, known = self._model, inspect.signature(self._model.get_image_features).parameters
         given = {k: x.to(self.loading.device) for k, x in view.tensors.items() if k in known}
         with self.loading.autocast():
             output = model.get_image_features(**given, return_dict=True)
+        # Every image token needs its feature
         pooled = output.pooler_output
         number = sum(x.shape[-2] for x in pooled)
         expected = view.ids.count(self.processor.image_token_id)
@@ -316,6 +318,7 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
     dtype = loading.half if loading.half is not None and loading.network_half else torch.float32
     options: dict[str, Any] = {"trust_remote_code": False, "dtype": dtype}
     with intact("model.path", path, f"a vision-language model ({model_type})"), tensors_only(loading.allow_pickle):
+        # Shapes alone for a plan, or weights
         if loading.shapes_only:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             with shapes.META:
@@ -329,6 +332,7 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
             model = AutoModelForImageTextToText.from_pretrained(
                 path, revision=loading.revision, variant=loading.variant, use_safetensors=safe, **options
             )
+    # Quantized layers are fitted; an adapter that the run begins with becomes a part of the base
     if loading.quantize is not None:
         quantize.fit_for_training(model, dtype)
     if loading.adapter is not None and not loading.shapes_only:

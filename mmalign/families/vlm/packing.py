@@ -76,8 +76,8 @@ def packed_inputs(
     images = [features.images[key] for row in longest for key in tokens.images[row]]
 
     # Position ids of the longest row of each prompt
-    length = torch.tensor(longest, device=device)
-    ids, mask, is_response = (x[length] for x in (tokens.ids, tokens.mask, tokens.is_response))
+    longest_rows = torch.tensor(longest, device=device)
+    ids, mask, is_response = (x[longest_rows] for x in (tokens.ids, tokens.mask, tokens.is_response))
     alone = decoder_inputs(model, quirks, ids, mask, is_response, images)
     positions = model._prepare_position_ids_for_generation(ids, alone) + quirks.first_position
 
@@ -86,11 +86,13 @@ def packed_inputs(
         order = [row for rows in prompts for row in rows]
         return packed_mask.join([torch.arange(lengths[row]) + start for row, start in zip(order, starts, strict=True)])
 
-    # Inputs of the packed row, with these position ids
+    # Each packed token's index in the flattened rows [N * L], and in those of the longest alone [T * L]
     rows = joined([row * width for rows in prompts for row in rows])
     alike = joined([tree * width for tree, rows in enumerate(prompts) for _ in rows]).to(device)
+    # Inputs of the packed row, with these position ids
     ids, is_response = (x.flatten()[rows.to(device)][None] for x in (tokens.ids, tokens.is_response))
     inputs = decoder_inputs(model, quirks, ids, torch.ones_like(ids), is_response, images)
+    # [..., T, L] to [..., 1, P]; M-RoPE has axes before the rows
     inputs["position_ids"] = positions.flatten(-2)[..., None, alike]
     # Predicting positions, from the packed order to the order of `tokens`
     places = packed_mask.predictor_positions[rows[packed_mask.target_positions].argsort()]

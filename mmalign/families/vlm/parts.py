@@ -37,6 +37,7 @@ def split_targets(model: PreTrainedModel, decoder: str, targets: Sequence[str]) 
     """
     layers, ends, others = _image_layers(model, decoder), list[str](), list[str]()
     for target in targets:
+        # The name of a part, with or without an end of its layers' names
         part, _, end = target.partition(".")
         if part == DECODER:
             ends += [end] if end else linear_names(model, decoder)

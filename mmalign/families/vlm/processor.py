@@ -64,6 +64,7 @@ class HFProcessor:
         except Exception as error:  # a processor may raise anything for an image of an odd shape
             size = f"{image.width}x{image.height}"
             raise ValueError(f"the model's processor refuses an image of {size} ({first_line(error)})") from error
+        # Tokens around a placeholder in text alone; the processor puts the same around the image's
         around, ids = (
             self._tokenize(self.quirks.format_prompt(self.processor, self.placeholder)),
             encoded["input_ids"][0],
