@@ -66,10 +66,12 @@ def sdpa(
     if not isinstance(mask, PackedPrefixMask):
         return _sdpa(q, k, v, mask, causal, scale)
     _check_row(q, mask)
+    # Each block's queries [B, M', H, K] against the keys that they see
     outputs = []
     for block in mask.blocks:
         keys, values = (_select(x, block.keys) for x in (k, v))
         queries, num_earlier = q[:, slice(*block.queries)], block.num_keys - block.num_queries
+        # SDPA's own flag counts from the first key, so it serves only queries that begin there
         causal, visible = block.causal and not num_earlier, None
         if block.causal and num_earlier:
             visible = torch.ones(block.num_queries, block.num_keys, dtype=torch.bool, device=q.device).tril(num_earlier)
@@ -83,10 +85,12 @@ def dense(
     """Compute attention by its formula over all pairs of tokens, in float32 or float64; for tests."""
     dtype = _in_one_dtype(q, k, v)[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
+    # Inputs rounded as a backend gets them; all sums in the wide dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (x.to(dtype).to(wide) for x in (q, k, v))
         k, v = _for_each_query_head(k, q), _for_each_query_head(v, q)
         logits = torch.einsum("bmhk,bnhk->bhmn", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        # Any mask as numbers added to the logits [B, H, M, N]
         if isinstance(mask, PackedPrefixMask):
             _check_row(q, mask)
             mask = mask.visible.to(q.device)

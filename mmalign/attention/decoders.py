@@ -84,6 +84,7 @@ def packing_unsupported_reason(decoder: PreTrainedModel, longest: int) -> str | 
         return "the tokens of an image attend to each other in both directions"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "its attention has a soft cap, which no backend supports"
+    # A window counts only where some layer has one
     window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
     if window is not None and window < longest:
         return f"its attention window is {window} tokens, and a row has {longest}"
@@ -127,12 +128,14 @@ def _register(backend: str) -> str:
         """
         packed_mask = more.pop(_KEYWORD, None)
         assert packed_mask is None or isinstance(packed_mask, PackedPrefixMask)
+        # With sdpa, ordinary rows take transformers' own function
         if packed_mask is None and backend == "sdpa":
             return _stock_sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, **more)
         _refuse_unsupported(dropout, more, None if packed_mask is None else packed_mask.longest)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if packed_mask is not None:
             return run(q, k, v, packed_mask, scale=scaling).contiguous(), None
+        # The rule of transformers' own function
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         causal = causal and attention_mask is None and q.shape[1] > 1
         if causal:  # a static cache has unused keys at its end

@@ -126,10 +126,12 @@ def _replace_registered(module: Attention | AttentionModuleMixin, backend: str) 
         """Compute attention as diffusers calls it, [N, T, H, C / H]; a mask is [N, T] of keys, or 4-dimensional."""
         if dropout_p or _parallel_config is not None:
             raise NotImplementedError("attention: dropout and attention over several devices are not supported")
+        # A mask of keys serves all heads and queries
         if attn_mask is not None and attn_mask.dim() == 2:
             attn_mask = attn_mask[:, None, None]
         return BACKENDS[backend](query, key, value, attn_mask, causal=is_causal, scale=scale)
 
+    # The registry has one entry, for all modules of all models
     dispatch._AttentionBackendRegistry.register(dispatch.AttentionBackendName.XFORMERS)(attend)
     module.processor._attention_backend = dispatch.AttentionBackendName.XFORMERS
 

@@ -66,6 +66,7 @@ def _unusable_reason() -> str | None:
     """Return the reason why the installed package cannot be used; None if it can."""
     if importlib.util.find_spec("xformers") is None:
         return "it is not installed (pip install 'mmalign[cuda]')"
+    # The compiled part looks for the runtime while it is imported
     _load_cuda_12()
     logging.getLogger("xformers").setLevel(logging.ERROR)  # it warns about the compiled part, which is handled below
     try:
@@ -83,6 +84,7 @@ def _missing_kernels_reason(version: str) -> str | None:
     """Return the reason why there are no kernels for CUDA; None if there are, also where xformers denies it."""
     fmha = importlib.import_module("xformers.ops.fmha")
     common: Any = importlib.import_module("xformers.ops.fmha.common")
+    # Built for CUDA, as xformers itself sees it
     if common._built_with_cuda:
         return None
     if not (fmha.flash.FwOp.is_available() and fmha.cutlass.FwOp.is_available()):
@@ -94,6 +96,7 @@ def _missing_kernels_reason(version: str) -> str | None:
             f"xformers {version} {part}, and PyTorch {torch.__version__} (CUDA {torch.version.cuda or 'none'}) has no "
             "kernels in its place; install the PyTorch that it names, or reinstall xformers"
         )
+    # PyTorch has the kernels, and this flag alone keeps xformers from calling them
     common._built_with_cuda = True
     return None
 

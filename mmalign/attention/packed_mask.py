@@ -122,10 +122,12 @@ class PackedPrefixMask:
         both_ways = (group.bidirectional_prefix for group in self.prefix_groups for _ in group.branches)
         for (prefix, branch), free in zip(self.spans, both_ways, strict=True):
             first, before = prefix != before, prefix
+            # A later branch is apart from its prefix, so its keys are two ranges
             if not first:
                 blocks.append(Block(branch, (prefix, branch), causal=True))
                 continue
             whole = (prefix[0], branch[1])  # the first branch follows its prefix directly, as in an unpacked row
+            # A prefix with attention both ways is a block of its own
             if free:
                 blocks.append(Block(prefix, (prefix,), causal=False))
             blocks.append(Block(branch if free else whole, (whole,), causal=True))

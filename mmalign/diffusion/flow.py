@@ -73,6 +73,7 @@ class Flow(Schedule):
                 "prediction_type: flow_prediction; correct scheduler/scheduler_config.json if the model was trained "
                 "by flow matching"
             )
+        # A fixed shift, or the one of the size in training
         shift = config.get("flow_shift", config.get("shift", 1.0))
         if config.get("use_dynamic_shifting"):
             shift = math.exp(mu) if config.time_shift_type == "exponential" else mu

@@ -74,10 +74,12 @@ def exact(schedule: Schedule, t: Tensor, *, steps: int, eta: float = 0.0, order:
     """
     whole = not t.is_floating_point()
     number = (t * steps / (schedule.num_timesteps if whole else 1)).ceil().clamp(min=1)
+    # Hop i moves the rows that need more than i; the others are at their t
     for i in range(int(number.max())):
         rows = (number > i).nonzero().flatten()
         here, target = (_place(t[rows], i + j, number[rows], order) for j in (0, 1))
         signal, noise = schedule.levels(target)
+        # Fresh noise replaces a part of the network's, so that the level stays the place's
         spread = None
         if eta and i:
             spread = eta * posterior_std(schedule.levels(here), (signal, noise))
@@ -100,11 +102,13 @@ def release(schedule: Schedule, t: Tensor, *, steps: int, eta: float = 0.0) -> I
             "method.inversion: release needs a grid of whole timesteps, which this model does not have; use exact"
         )
     stride = schedule.num_timesteps // steps
+    # The grid begins a stride below time 1; a row hops while the grid is below its t
     for grid_time in range(1 - stride, 2 + (steps - 2) * stride, stride):
         rows = (t > grid_time).nonzero().flatten()
         if not len(rows):
             return
         asked = torch.full_like(t[rows], grid_time)
+        # Below time 0 there are the levels of time 0
         here, target = asked.clamp(min=0), asked + stride
         signal, noise = schedule.levels(target)
         spread = eta * posterior_std(schedule.levels(here), (signal, noise)) if eta else None
@@ -126,11 +130,13 @@ def invert(
     x = x_0.clone()
     for number, hop in enumerate(hops):
         here = x[hop.rows]
+        # The answer as image and noise, and with Heun's step the mean of both ends
         answer = predict(here, hop.asked, hop.rows).to(x.dtype)
         image = here if hop.clean else schedule.to_clean(answer, here, hop.at)
         eps = schedule.to_eps(answer, here, hop.at)
         if hop.end is not None:
             image, eps = _corrected(predict, schedule, hop, hop.end, image, eps)
+        # The levels of the hop's end
         reached = hop.signal * image + hop.direction * eps
         if hop.spread is not None:
             reached = reached + hop.spread * fresh(number)[hop.rows]
