@@ -87,6 +87,7 @@ class Asker:
         self, question: str, images: Sequence[tuple[str, ImageView]], answers: tuple[str, str]
     ) -> tuple[TokenizedResponse, int, tuple[int, int]]:
         """Return the question with the first answer, the place where the answers differ, and their tokens there."""
+        # A placeholder inside the question would stand for another image
         turns = [Turn("user", IMAGE * len(images) + question.replace(IMAGE, " "))]
         try:
             first, second = self.family.processor.tokenize_responses(turns, answers, images)
@@ -95,6 +96,7 @@ class Asker:
                 f"reward {self.judge}: {self.family.name} cannot read a question about {len(images)} images ({error}); "
                 "use another model"
             ) from error
+        # The answers are compared at the first token in which they differ
         place = common_prefix([first.response, second.response])
         if place >= min(len(first.response), len(second.response)):
             raise ValueError(f"reward {self.judge}: the answers {answers} begin alike; name two that differ")

@@ -144,6 +144,7 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
             texts = {"prompt": prompts[row], "first": responses[left], "second": responses[right]}
             return fill(cfg.response_question, **texts)
 
+        # Both rows of a pair have one question and its images; it is asked in both orders
         def odds(pairs: Sequence[tuple[int, int]]) -> Tensor:
             questions = [(question(i, i, j), question(i, j, i)) for i, j in pairs]
             return comparer.log_odds(questions, [(images[i], images[i]) for i, _ in pairs])

@@ -54,6 +54,7 @@ def read_weights(path: str, name: str, config: CLIPConfig, frequencies: int) -> 
     """
     file = find_file("step_aware", path, name)
     weights = read_tensors("step_aware", file, PREFIX)
+    # Names may begin with a prefix; the positions of old files are no weights
     if weights and all(key.startswith(PREFIX) for key in weights):
         weights = {key.removeprefix(PREFIX): weight for key, weight in weights.items()}
     positions = [key for key in weights if key.endswith(".position_ids")]
@@ -62,6 +63,7 @@ def read_weights(path: str, name: str, config: CLIPConfig, frequencies: int) -> 
             raise ValueError(f"reward step_aware: {file}: {key} is not 0, 1, 2, ...; no other order is supported")
     weights = {key: weight.float() for key, weight in weights.items() if key not in positions}
     check_shapes("step_aware", file, weights, expected_shapes(config, frequencies), REMEDY)
+    # Layers of the timestep, and the CLIP by open_clip's names
     conditioning = {new: weight for key, weight in weights.items() if (new := _conditioning_name(key))}
     clip = renamed({key: weight for key, weight in weights.items() if not _conditioning_name(key)})
     return {**{f"clip.{key}": weight for key, weight in clip.items()}, **conditioning}
@@ -88,6 +90,7 @@ def preprocessing(size: int, mean: Sequence[float], std: Sequence[float]) -> Cal
 
     def preprocess(image: Image.Image) -> Tensor:
         pixels: Tensor = transforms.to_tensor(image.convert("RGB"))
+        # The shorter side to `size`, halves rounded up
         scale = size / min(pixels.shape[1:])
         sides = [math.floor(side * scale + 0.5) for side in pixels.shape[1:]]
         resized = F.interpolate(pixels[None], sides, mode="bicubic", align_corners=False)[0]

@@ -54,6 +54,7 @@ def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
         scale = size / max(pixels.shape[1:])
         height, width = (round(side * scale) for side in pixels.shape[1:])
         resized = transforms.resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True)
+        # Centered on black; an odd pixel goes to the right and to the bottom
         top, left = (size - height) // 2, (size - width) // 2
         padded = transforms.pad(resized, [left, top, size - width - left, size - height - top])
         normalized: Tensor = transforms.normalize(padded, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)

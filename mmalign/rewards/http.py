@@ -108,6 +108,7 @@ class Server:
                     content: bytes = reply.read(MAX_BYTES)
                 return content
             except (OSError, HTTPException) as error:
+                # Any reply but that of a busy server is final
                 if isinstance(error, HTTPError) and error.code not in BUSY:
                     raise ValueError(f"{self} replied {_status(error)}; {REMEDY}") from None
                 failure = error

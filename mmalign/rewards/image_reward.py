@@ -81,6 +81,7 @@ class ImageReward:
         pixels = torch.stack([self.preprocess(image) for image in images]).to(self.device)
         options = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
         tokens = self.tokenize(list(prompts), **options).to(self.device)
+        # States of the patches [N, P, D], all of which the text attends to
         seen = self.nets["vision"](pixels).last_hidden_state
         read = self.nets["text"](
             input_ids=tokens.input_ids,
@@ -88,6 +89,7 @@ class ImageReward:
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=self.device),
         ).last_hidden_state
+        # The score is read at the first token, and standardized as in the release
         scores: Tensor = (self.nets["head"](read[:, 0])[:, 0] - MEAN) / STD
         return scores
 
@@ -103,6 +105,7 @@ def load(path: str, device: torch.device, cfg: Config) -> ImageReward:
 
     file = find_file("image_reward", path, cfg.weights)
     published = read_tensors("image_reward", file, "blip.")
+    # Names of transformers; the sizes follow from the weights' shapes
     weights = {_renamed(name): x.float() for name, x in published.items() if not UNREAD.match(name)}
     nets = _networks(str(file), weights)
     check_shapes("image_reward", file, weights, {name: x.shape for name, x in nets.state_dict().items()}, REMEDY)
@@ -133,6 +136,7 @@ def _networks(file: str, weights: Mapping[str, Tensor]) -> nn.ModuleDict:
         return len({match[1] for name in weights if (match := re.match(pattern, name))})
 
     with readable("image_reward", file, REMEDY):
+        # Weights whose shapes tell several sizes
         patch, positions = (
             weights[f"vision.embeddings.{name}"] for name in ("patch_embedding.weight", "position_embedding")
         )
@@ -144,6 +148,7 @@ def _networks(file: str, weights: Mapping[str, Tensor]) -> nn.ModuleDict:
             num_hidden_layers=layers(r"vision\.encoder\.layers\.(\d+)\."),
             num_attention_heads=vision_width // HEAD_WIDTH,
             patch_size=patch.shape[-1],
+            # Positions: one for each patch of the square image, and one for the class token
             image_size=round((positions.shape[1] - 1) ** 0.5) * patch.shape[-1],
             layer_norm_eps=1e-6,
         )

@@ -187,6 +187,7 @@ def _taste(path: str, name: str | int | None, judge: OpenClip) -> Callable[[Tens
     if mixture is None:
         return None
     placed = mixture.requires_grad_(False).to(judge.device)
+    # The place of the annotator; an unknown one stands for the mean of all
     place, scale = placed.places([str(name)] if name is not None else [""]), judge.model.logit_scale.exp()
 
     def score(images: Tensor, prompts: Tensor) -> Tensor:

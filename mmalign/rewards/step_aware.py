@@ -76,6 +76,7 @@ class TimeConditioned(nn.Module):
     def __init__(self, clip: CLIP) -> None:
         super().__init__()
         tower = clip.visual
+        # Only plain blocks with a class token have a place for shifts, scales and gates
         blocks = getattr(getattr(tower, "transformer", None), "resblocks", ())
         plain = blocks and all(type(block).__name__ == "ResidualAttentionBlock" for block in blocks)
         if not plain or tower.attn_pool is not None or tower.pool_type != "tok" or not hasattr(clip, "encode_text"):
@@ -98,6 +99,7 @@ class TimeConditioned(nn.Module):
             assert isinstance(linear, nn.Linear)
             linear.weight.normal_(std=STD, generator=generator)
             linear.bias.zero_()
+        # Shifts and scales of 0 and gates of 1 leave the CLIP's scores as they are
         for linear in (*self.blocks, self.final):
             assert isinstance(linear, nn.Linear)
             linear.weight.zero_()

@@ -70,6 +70,7 @@ def load_parts(path: str) -> ClipParts:
         "expected a folder with a CLIPModel of transformers, or a Hub id of one, such as yuvalkirstain/PickScore_v1"
     )
     with readable("transformers_clip", path, expected):
+        # An open_clip network of the same shape gets the weights of transformers' model
         _, parts = random_parts(path)
         source, missing = CLIPModel.from_pretrained(resolve_model(path), dtype=torch.float32, output_loading_info=True)
         if missing["missing_keys"] or missing["mismatched_keys"]:
@@ -173,6 +174,7 @@ def _preprocessing(folder: Path) -> dict[str, object]:
 
     has_file = any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json"))
     own = CLIPImageProcessor.from_pretrained(folder) if has_file else CLIPImageProcessor()
+    # One square for all: open_clip crops from the size that it resizes to
     side, crop = own.size.get("shortest_edge"), own.crop_size["height"]
     if side != crop or not own.do_center_crop or own.resample not in INTERPOLATION:
         raise ValueError(
