@@ -81,6 +81,7 @@ class Vocabulary:
         came = tokens(text)
         longest = max(map(len, self.readings))
         words, position = [], 0
+        # The longest phrase that begins here, else on to the next word
         while position < len(came):
             for length in range(min(longest, len(came) - position), 0, -1):
                 word = self._reading(tuple(token for token, _, _ in came[position : position + length]))
@@ -121,6 +122,7 @@ def vocabulary(
     """
     if not synonyms:
         raise ValueError("vocabulary: no objects; expected at least one, with its words")
+    # A word stands for one object alone
     meanings: dict[str, str] = {}
     for name, words in synonyms.items():
         for word in map(_plain, (name, *words)):
@@ -129,6 +131,7 @@ def vocabulary(
                     f"vocabulary: {word!r} is a word for {meanings[word]!r} and for {name!r}; "
                     "expected one object for each word, so drop one of the two"
                 )
+    # Words stand for themselves, and phrases for the word that they are read as
     plain = {**{word: word for word in meanings}, **{_plain(phrase): _plain(word) for phrase, word in read_as.items()}}
     readings = {tuple(phrase.split()): word for phrase, word in plain.items()}
     # The singular of a phrase stands for it too ("sport ball" for "sports ball"), unless it is another phrase.
@@ -204,6 +207,7 @@ def singular(word: str) -> str:
     The rules may get a rare irregular noun wrong. Both sides of a comparison use them, so most such errors are
     harmless.
     """
+    # Irregular plurals, then endings, then the rules
     words, ends = _plurals()
     if word in words:
         return words[word]
@@ -212,6 +216,7 @@ def singular(word: str) -> str:
             return word.removesuffix(end) + suffix
     if not word.endswith("s") or len(word) < 3 or word.endswith(("ss", "us", "sis")):
         return word
+    # Not so "ties", whose singular ends in "ie"
     if word.endswith("ies") and len(word) > 4:
         return f"{word[:-3]}y"
     if word.endswith(("oes", "ches", "shes", "xes", "sses", "uses")) and not word.endswith(("shoes", "ouses")):

@@ -235,18 +235,22 @@ def _spaced(sentence: str) -> str:
 
 def _read_sentence(sentence: str, *, is_first: bool) -> Reading | None:
     """Return the reading of a sentence, or None if no rule applies."""
+    # Words before a hedge count, those after it do not
     hedge = _HEDGE.search(sentence)
     certain = sentence[: hedge.start()] if hedge else sentence
     word = _read_words(certain, is_first=is_first)
     if word is not None:
         return word
+    # Openings such as "it is clear that" decide nothing
     lead_in = _LEAD_IN.match(certain)
     body = certain[lead_in.end() :] if lead_in else certain
     denies = _DENIES_FIRST.match(body)
+    # A statement is a yes, unless it goes on to deny; before a hedge it needs more than three words
     if not denies and _STATES.match(body.strip()) and (hedge is None or len(body.split()) > 3):
         return "unclear" if _DENIES_ANOTHER.search(body) else "yes"
     if hedge is not None:
         return "unclear"
+    # Assent and denial without the words yes and no
     if _ASSENT.match(sentence):
         return "yes"
     return "no" if denies or _DISSENT.match(sentence) or _DENIES.search(_ASIDE.sub("", body)) else None

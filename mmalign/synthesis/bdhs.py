@@ -120,6 +120,7 @@ class ResponseSampler:
         answers = self.family.generate(
             self.net, prompts, features, decoding, rows=keys, rng=self.rng, hidden=masked, stop=stop
         )
+        # Continuations return to their rows in the order of the openings
         rest, results = iter(answers), list[GeneratedText]()
         for texts in parts:
             own = [next(rest) for part in texts if isinstance(part, Opening)]

@@ -59,6 +59,7 @@ class Corruptor:
         least = float(uniforms[:, 0].min())  # this segment changes in any case
         named = {segment.word for segment in found_segments if segment.kind == "object"}
         pieces, position = list[str](), 0
+        # Texts between the segments stay; an article before a changed word is made to fit
         for segment, (whether, how, choice) in zip(found_segments, uniforms.tolist(), strict=True):
             if whether >= self.share and whether > least:
                 continue
@@ -79,6 +80,7 @@ class Corruptor:
         elif segment.kind == "number":
             new = _other_number(segment.word, choice)
         else:
+            # Both spellings of gray are one colour
             alike = {segment.word, "gray", "grey"} if segment.word in ("gray", "grey") else {segment.word}
             new = _pick([colour for colour in COLOURS if colour not in alike], choice)
         return _cased(new, text)

@@ -75,10 +75,12 @@ def several_generated(
     """Generate a number of the model's own answers to each prompt, and leave out empty and repeated ones."""
     rows, bad = _usable(sampler, pairs, decoding.max_new_tokens)
     results, features = dict[int, Candidates | str](bad), _encoded(sampler, rows.values())
+    # Attempts differ in the keys of their random draws
     answers = [
         sampler.sample(list(rows.values()), [WHOLE] * len(rows), features, decoding, attempt)
         for attempt in range(1, number + 1)
     ]
+    # The different answers of each row, or the reason why there are too few
     for row, candidates in zip(rows, zip(*answers, strict=True), strict=True):
         texts = list(dict.fromkeys(filter(None, (answer.text.strip() for answer in candidates))))
         num_cut = sum(answer.is_cut for answer in candidates)
@@ -137,6 +139,7 @@ class ReAlign:
 
     def __call__(self, pairs: Sequence[ResponsePair]) -> list[RejectedResponse | str]:
         """Generate a rejected response for each pair, or return a reason why there is none."""
+        # Masked answers of the usable pairs
         results: dict[int, RejectedResponse | str] = {}
         masked: dict[int, str] = {}
         for number, pair in enumerate(pairs):
@@ -232,6 +235,7 @@ class ImageIndex:
         batch_size: int = 64,
     ) -> None:
         self.candidates, self.bad = candidates, dict[str, str]()
+        # Distinct images, embedded in batches, without those that cannot be read
         refs = list({ref.key: ref for pair in pairs for ref in pair.images}.values())
         vectors, self._refs, batch = list[Tensor](), list[ImageRef](), list[Image.Image]()
         for number, ref in enumerate(refs, start=1):
@@ -243,6 +247,7 @@ class ImageIndex:
             if batch and (len(batch) == batch_size or number == len(refs)):
                 vectors.append(embed(batch).cpu())
                 batch = []
+        # Row of each image in the vectors, and the nearest others
         self._places = {ref.key: place for place, ref in enumerate(self._refs)}
         self._nearest = nearest(torch.cat(vectors), candidates) if vectors else []
 

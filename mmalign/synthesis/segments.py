@@ -105,6 +105,7 @@ def _found(text: str, vocabulary: Vocabulary) -> Iterator[Segment]:
         ("colour", _COLOUR),
         ("number", _NUMBER),
     )
+    # Numbers of a numbered list state nothing about an image
     markers = [match.span() for match in _MARKER.finditer(text)]
     for kind, pattern in rest:
         for match in pattern.finditer(text):

@@ -79,6 +79,7 @@ def _sentence_transformer(key: str, name: str, allow_pickle: bool | None) -> Sim
 
     disable_progress_bar()
     folder = name
+    # The package has its weights in a folder
     if name == PACKAGED:
         package = importlib.util.find_spec(_MODULES[PACKAGED])
         assert package is not None and package.origin is not None
@@ -92,6 +93,7 @@ def _sentence_transformer(key: str, name: str, allow_pickle: bool | None) -> Sim
 
     def compare(texts: Sequence[str], others: Sequence[str]) -> list[float]:
         options = {"normalize_embeddings": True, "convert_to_tensor": True, "show_progress_bar": False}
+        # Unit vectors, whose sum of products is the cosine
         embeddings, other_embeddings = (model.encode(list(some), **options).float() for some in (texts, others))
         similar: list[float] = (embeddings * other_embeddings).sum(-1).tolist()
         return similar

@@ -51,6 +51,7 @@ def write_pairs(
     """
     rows, num_prompts = [], len(prompts) // group
     for start in range(0, len(prompts), group):
+        # The images of one prompt, of which the reward model has to be sure
         numbers = range(start, start + group)
         best, worst = max(numbers, key=lambda i: scores[i]), min(numbers, key=lambda i: scores[i])
         if not is_sure([scores[i] for i in numbers], min_confidence):
@@ -58,6 +59,7 @@ def write_pairs(
         if keep_all:
             row = {"prompt": prompts[start], **_ranking([images[i] for i in numbers], [scores[i] for i in numbers])}
         else:
+            # Left and right as generated, with the label 1 at the best
             left, right = sorted((best, worst))
             labels, judged = (float(left == best), float(right == best)), (scores[left], scores[right])
             row = {"caption": prompts[start], **_sides((images[left], images[right]), labels, judged)}

@@ -64,15 +64,18 @@ def _record(synthesized: SynthesizedPair, shown: Callable[[ImageRef], object]) -
         [{"role": "assistant", "content": text}] for text in (pair.chosen.strip(), synthesized.rejected)
     )
     provenance = {"of": pair.location, **synthesized.provenance}
+    # The layout `realign`, whose sides are whole conversations
     if synthesized.retrieved is not None:
         image, retrieved = shown(pair.images[0]), shown(synthesized.retrieved)
         conversations = {"chosen": prompt + chosen, "rejected": prompt + rejected}
         return {"image": image, "retrieved_image": retrieved, **conversations, "provenance": provenance}
     more = dict[str, object]({"hallucinated": synthesized.hallucinated} if synthesized.hallucinated else {})
     images = [shown(ref) for ref in pair.images]
+    # The layout `rankings`
     if synthesized.ranking:
         texts, scores = map(list, zip(*synthesized.ranking, strict=True))
         return {"images": images, "prompt": prompt, "responses": texts, "scores": scores, "provenance": provenance}
+    # The layout `trl`
     if synthesized.scores is not None:
         more |= dict(zip(("score_chosen", "score_rejected"), synthesized.scores, strict=True))
     responses = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
