@@ -131,14 +131,18 @@ class Choice:
         def choose(
             value: object, validate: core_schema.ValidatorFunctionWrapHandler, info: core_schema.ValidationInfo
         ) -> object:
+            # A name alone is a section of that name with its defaults
             section = {"name": value} if isinstance(value, str) else value
+            # A section made in Python; classes from outside are not in the union
             if not isinstance(section, Mapping):
                 outside = type(section) in base.__subclasses__() and type(section) not in sections.values()
                 return section if outside or type(section) in several else validate(section)
+            # Keys that are names make a sum of sections, where the field takes one
             if "name" not in section:
                 if several and any(str(key) in sections or is_outside(str(key)) for key in section):
                     return _validated(several[0], section, "a sum")
                 raise ValueError(f"needs a name, one of {', '.join(sections)}")
+            # A name from outside is the class of its options, which is imported
             name = str(section["name"])
             if is_outside(name):
                 return _validated(import_class(str(info.field_name), name, base), section, name)

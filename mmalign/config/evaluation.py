@@ -256,6 +256,7 @@ class EvaluateResponses(Evaluate):
             raise ValueError(f"benchmark {self.benchmark} has no splits; expected one file of questions")
         if self.benchmark == "pope" and self.labels is not None and self.questions is None:
             raise ValueError("labels: expected with questions; questions from annotations have labels")
+        # Questions that are not in JSON are in Parquet files, which may hold the images
         named = [self.questions] if isinstance(self.questions, str) else list((self.questions or {}).values())
         in_files = bool(named) and all(not name.endswith((".json", ".jsonl")) for name in named)
         if "images" in takes and self.images is None and self.answers is None and not in_files:

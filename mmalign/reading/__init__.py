@@ -140,6 +140,7 @@ def broken_text(value: object) -> str | None:
     Args:
         value: a text, or texts in lists and mappings, as JSON and YAML give them; other values are skipped.
     """
+    # A list of values still to visit, since nesting may be deeper than Python's stack
     left: list[tuple[tuple[object, ...], object]] = [((), value)]
     while left:
         path, here = left.pop()
@@ -148,6 +149,7 @@ def broken_text(value: object) -> str | None:
             return (
                 f"{name} half of a character (\\u{ord(half[0]):x}), which no file can hold; write the whole character"
             )
+        # Keys are texts too; numbers are not visited
         if isinstance(here, Mapping):
             left += [((*path, "a key"), key) for key in here]
             left += [((*path, key), inner) for key, inner in here.items() if not isinstance(inner, int | float)]

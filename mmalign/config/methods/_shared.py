@@ -98,6 +98,7 @@ class PairMethodConfig(MethodConfig):
 
     @model_validator(mode="after")
     def _has_divergence(self) -> PairMethodConfig:
+        # The first loss without a reference, if any
         free = next((term.loss.name for term in self.terms if not term.loss.reference), None)
         if self.divergence != "reverse_kl" and free is not None:
             raise ValueError(f"divergence: {self.divergence} needs a reference, which {free} has not; leave it out")
@@ -105,6 +106,7 @@ class PairMethodConfig(MethodConfig):
             raise ValueError(f"divergence_alpha: {self.divergence} takes none; leave it out, or use divergence: alpha")
         if self.auto_beta is not None and not self.uses_reference:
             raise ValueError(f"auto_beta: follows margins against a reference, which {free} has not; leave it out")
+        # Automatic beta knows the margins of one divergence
         if self.auto_beta is not None and self.divergence != "reverse_kl":
             raise ValueError(
                 f"auto_beta: follows margins of the reverse_kl, and divergence: {self.divergence} changes them; leave "
