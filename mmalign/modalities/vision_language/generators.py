@@ -161,7 +161,7 @@ def _povid(settings: PreparePovid, pairs: Pairs[ResponsePair], rng: KeyedRNG, wr
         writer = _writer("prepare.povid.corruptor", settings.corruptor)
     if writer is not None:
         return Work(partial(rule_corrupted, writer), {"corruptor": qualified_name(writer)})
-    # Rules on a vocabulary and on objects that appear together: known for the bundled world, else counted in the answers
+    # Rules on a vocabulary, and on objects that appear together: the bundled world knows them, answers are counted
     vocabulary = load_vocabulary("prepare.povid.vocabulary", settings.vocabulary)
     together: Companions
     if settings.vocabulary == CROWDS:
