@@ -171,6 +171,7 @@ def match_images(images: Sequence[str], annotated: Iterable[str]) -> list[str]:
     unknown = {image for image in images if image not in known}
     if not unknown:
         return list(images)
+    # By the last part of the path, then also without its suffix; a name that two images share matches nothing
     matches: dict[str, str] = {}
     for part in (_last_part, _stem):
         candidates = Counter(map(part, known))
@@ -244,6 +245,7 @@ def read_responses(path: str | Path, images: str | Path | None = None) -> list[R
     def read_response(
         location: str, record: Record, there: str, question: Record
     ) -> tuple[str, tuple[str, ...], Response]:
+        # Where both records have an id, they must agree
         if "question_id" in record and record["question_id"] != question.get("question_id", record["question_id"]):
             raise ValueError(
                 f"{location} answers question_id {shorten(record['question_id'])}, but {there} is "
@@ -252,6 +254,7 @@ def read_responses(path: str | Path, images: str | Path | None = None) -> list[R
         text = final_answer(take_text(location, record, "caption", "text", "answer", "response"))
         prompt = next((str(record[name]) for name in ("question", "prompt") if name in record), "")
         text = text.removeprefix("Assistant:").strip()
+        # The question's record names the image; it may be the answer's own
         response = Response(take_image_id(there, question, "image_id", "image"), text, prompt)
         return location, (response.image, prompt), response
 

@@ -98,6 +98,7 @@ def generate_answers(
         sampling: the decoding settings of these; as the others by default.
     """
     sampled = sampling or decoding
+    # One answer of either model to each question, and n more of the reference
     askings = [
         Asking(policy.on_reference, caches[0], decoding),
         Asking(partial(_on_policy, policy), caches[1], decoding),
@@ -117,6 +118,7 @@ def generate_answers(
             for asking, answers in zip(askings, generated, strict=bool(generated)):
                 if answers:
                     asking.cache.add(answers)
+    # Both models are compared on the questions that could be asked
     answerable = [key for key in keys if key[0] not in left_out]
     before, after, *more = ({key: asking.cache.answers[key] for key in answerable} for asking in askings)
     cut_before, cut_after = (sum(key in cache.cut for key in answerable) for cache in caches)
@@ -139,6 +141,7 @@ def _answer_batch(
     seed: int,
 ) -> _New:
     """Return the answers to a batch that the askings' caches lack."""
+    # A copy: what is left out is shared when all processes gather
     new = _New([], dict(left_out))
     prompts, views = _prepare(family, batch, images, new.left_out)
     features = family.encode_images(views)

@@ -45,6 +45,7 @@ def generate_images(
     """
     processes, images = current_processes(), list[Image.Image]()
     starts = range(0, len(prompts), sampling.batch_size)
+    # Each process fills the cache with its batches, and then reads those of all
     if processes.size > 1 and cache is not None:
         for index, start in enumerate(tracked(starts, "draw")):
             if processes.is_mine(index):
@@ -78,6 +79,7 @@ def _generate_batch(
     """Return the images of the batch that begins at `start`, from the cache if it has all of them."""
     batch = slice(start, start + sampling.batch_size)
     refs = sources[batch] if sources is not None else None
+    # Edits of one prompt differ by their sources
     names = [ref.key for ref in refs] if refs is not None else [""] * len(prompts[batch])
     keys = list(zip(prompts[batch], seeds[batch], names, strict=True))
     cached = [cache.get(*key) for key in keys] if cache is not None else []

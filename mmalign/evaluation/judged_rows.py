@@ -65,6 +65,7 @@ def _judge_batch(pairs: Mapping[int, ImagePair], judges: Judges, bad: list[Skipp
             bad.append(error.skipped)
     if not decoded:
         return []
+    # All images of all rows in one call
     images = [image for row in decoded.values() for image in row]
     of_images = [pairs[number] for number, row in decoded.items() for _ in row]
     prompts, annotators = [pair.prompt for pair in of_images], [pair.label.annotator for pair in of_images]
@@ -93,6 +94,7 @@ def measure(image: Image.Image, num_bytes: int) -> dict[str, float]:
     """
     luma = np.asarray(image.convert("L"), dtype=np.float64) / 255
     red, green, blue = np.moveaxis(np.asarray(image, dtype=np.float64) / 255, -1, 0)
+    # Opponent colours: red against green, yellow against blue
     opponents = red - green, (red + green) / 2 - blue
     spread, center = (np.hypot(*(f(x) for x in opponents)) for f in (np.std, np.mean))
     return {

@@ -108,6 +108,7 @@ class Metrics:
                 "images or prompts, so evaluate more"
             )
         ratios = cluster_jackknife([self.matrix], self.measure, self.groups, bounds=[RATE] * len(self.ratios))
+        # A mean is its difference from 0, which is no hypothesis
         zeros = np.zeros(len(self.keys))
         means = {
             name: replace(paired_difference(zeros, self.columns[name], self.groups), p=None) for name in self.means
@@ -229,8 +230,10 @@ def summarize_runs(base: Metrics, runs: Sequence[Metrics]) -> RunStatistics:
     changes = compare_runs([base] * len(runs), runs)
     counts, measures = _counts(base, runs), _run_measures(base)
     averaged = [counts[..., list(base.columns).index(name)] for name in base.means]
+    # Ratios are in [0, 1], and means among 0 and the values that occur
     bounds = [RATE] * len(base.ratios) + [(min(0.0, float(x.min())), float(x.max())) for x in averaged]
     means = cluster_jackknife(counts, measures, base.groups, bounds=bounds)
+    # Values of each run [M, R]
     values = np.stack([measures(run.sum(0)) for run in counts], axis=-1)
     names = (*base.ratios, *base.means)
     return RunStatistics(
@@ -254,6 +257,7 @@ def compare_runs(before: Sequence[Metrics], after: Sequence[Metrics]) -> dict[st
     # Counts of both sides, side by side [R, N, 2 K + 2]
     counts = np.concatenate([_counts(first, before), _counts(first, after)], axis=-1)
     indices = [list(first.columns).index(name) for name in first.means]
+    # Means differ at most by the range of their column on both sides
     spans = [max(1.0, float(np.ptp(counts[..., [i, i + counts.shape[-1] // 2]]))) for i in indices]
     bounds = [(-1.0, 1.0)] * len(first.ratios) + [(-span, span) for span in spans]
     changes = cluster_jackknife(counts, paired(_run_measures(first)), first.groups, bounds=bounds)

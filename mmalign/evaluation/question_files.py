@@ -61,11 +61,13 @@ def read_rows(path: str | Path) -> tuple[list[Located], EmbeddedImages | None]:
     for file in _tables(str(path)):
         for number, (row, image) in enumerate(_read_table(file)):
             location = f"{file.name}: row {number}"
+            # An image is bytes, or a struct with its path
             stored = image if isinstance(image, dict) else {"bytes": image}
             name = row.get("image_source") or stored.get("path") or f"{file.stem}-{number}"
             data = stored.get("bytes")
             if not isinstance(data, bytes) or not isinstance(name, str):
                 raise ValueError(f"{location}: image is {shorten(image)}; expected encoded bytes, and a name as text")
+            # Rows may share an image; two images may not share a name
             if contents.setdefault(name, hash(data)) != hash(data):
                 raise ValueError(f"{location}: another image is called {name}; expected a name of its own")
             places.setdefault(name, (file, number))
@@ -111,6 +113,7 @@ def _image_bytes(file: Path, row: int) -> bytes:
     import pyarrow.parquet as pq
 
     metadata, group = pq.read_metadata(file), 0
+    # The group of the row, and the row's number in it
     while row >= metadata.row_group(group).num_rows:
         row -= metadata.row_group(group).num_rows
         group += 1

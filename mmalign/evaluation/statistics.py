@@ -66,6 +66,7 @@ def correct(differences: Sequence[Interval]) -> list[Interval]:
     for rank, index in enumerate(order.tolist()):
         difference = differences[index]
         assert difference.p is not None
+        # Step-down: never below the value of a smaller p
         largest = max(largest, min(1.0, (len(differences) - rank) * difference.p))
         corrected[index] = replace(difference, p_holm=largest)
     return corrected
@@ -216,10 +217,12 @@ def _leave_groups_out(
     runs: Values, measures: Measures, labels: NDArray[np.intp], num_groups: int
 ) -> tuple[Values, Values]:
     """Return the measures [M, R] of all rows, and their deviations without each group [M, R, G]."""
+    # Sums of each group in each run [G, R, K]
     group_sums = np.zeros((num_groups, runs.shape[0], runs.shape[2]))
     np.add.at(group_sums, labels, runs.swapaxes(0, 1))
     sums = runs.sum(1)
     by_run = measures(sums)
+    # Sums of all rows less those of one group
     return by_run, measures(sums[:, None] - group_sums.swapaxes(0, 1)) - by_run[..., None]
 
 
@@ -252,6 +255,7 @@ class Spread(NamedTuple):
         """Return the p-value at which the interval of coverage 1 - p ends at 0."""
         if not self.v_seeds:
             return 2 * float(special.stdtr(self.df_rows, -abs(estimate) / math.sqrt(self.v_rows)))
+        # The reach grows with the coverage: p is where it equals the estimate
         least, most = 1e-12, 1 - 1e-12
         if self.reach(1 - most) >= abs(estimate):
             return 1.0
@@ -264,6 +268,7 @@ def _interval(estimate: float, spread: Spread, bounds: tuple[float, float]) -> I
     """Return the interval of a rate's logit, or estimate +- reach, cut to the bounds."""
     reach = spread.reach(LEVEL)
     if bounds == RATE:
+        # By the delta method: the logit's derivative is 1 / (p (1 - p))
         logit, half_width = special.logit(estimate), reach / (estimate * (1 - estimate))
         return Interval(estimate, float(special.expit(logit - half_width)), float(special.expit(logit + half_width)))
     p_value = spread.p_value(estimate)

@@ -169,10 +169,12 @@ def match_objects(
         if word not in vocabulary:
             continue
         mentions.append(word)
+        # Safe words are mentions, and never invented
         if word in annotations.safe_words:
             continue
         # Equal words first, then similar ones
         place = _first(word, true, str.__eq__)
+        # A word without a true object may name an expected one
         if not place:
             hits |= _first(word, expected, str.__eq__)
             if similar:
@@ -203,6 +205,7 @@ def score_generative(
     """
     _check_ids(responses, annotations)
     items = {number: item for number in responses if isinstance(item := annotations.items[number], GenerativeItem)}
+    # Counts of each description; the metrics are ratios of their sums
     rows = []
     for number, item in items.items():
         match = match_objects(responses[number], item, annotations, nouns, similar)
@@ -243,6 +246,7 @@ def score(responses: Mapping[int, str], annotations: Annotations, parse: Parse =
 def score_both(generative: Metrics, discriminative: Metrics) -> Metrics:
     """Return the AMBER Score of descriptions and answers; its interval is over the images of both."""
     numbers = [len(metrics.keys) for metrics in (generative, discriminative)]
+    # First the descriptions, then the answers: each has zeros in the columns of the other
     columns = {name: np.pad(values, (0, numbers[1])) for name, values in generative.columns.items()}
     columns |= {name: np.pad(values, (numbers[0], 0)) for name, values in discriminative.columns.items()}
     chair, f1_of_no = generative.ratios["CHAIR"], discriminative.ratios["all: F1"]
@@ -275,6 +279,7 @@ def score_discriminative(
     items = {number: item for number in responses if isinstance(item := annotations.items[number], DiscriminativeItem)}
     present = {item.kind for item in items.values()}
     rows = [(item.kind, _count(item, responses[number], parse)) for number, item in items.items()]
+    # Kinds of each dimension that some question has
     kinds = {name: [kind for kind in of_name if kind in present] for name, of_name in _DIMENSIONS.items()}
     ratios: dict[str, Ratio] = {
         f"{dimension}: {name}": partial(_over_kinds, kinds_present, parts)
@@ -315,6 +320,7 @@ def read_amber(folder: str | Path) -> Annotations:
     entries = ((at, _id(at, record), _read_item(at, record, associates)) for at, record in records(path))
     items = index(path, "id", entries, "the benchmark's annotations")
     safe_words = read_text(resolve(place / "safe_words.txt"), "expected the benchmark's words, one a line").split()
+    # Questions about one image depend on each other
     queries = place / "query" / "query_all.json"
     located = records(queries) if queries.is_file() else ()
     images = {_id(location, record): take_text(location, record, "image") for location, record in located}
@@ -341,6 +347,7 @@ def _read_item(location: str, record: Record, associates: Mapping[str, object]) 
     kind = take_text(location, record, "type")
     if kind == "generative":
         truth, expected = take_names(location, record, "truth"), take_names(location, record, "hallu")
+        # Objects are matched by their associates, which an unknown name lacks
         unknown = [name for name in (*truth, *expected) if name not in associates]
         if unknown:
             raise ValueError(f"{location}: {unknown[0]!r} is not in relation.json; use files from the same release")

@@ -95,9 +95,11 @@ def caption_benchmark(
     Raises:
         ValueError: an image has no annotation, or a question is repeated.
     """
+    # Questions may name an image by another path than its annotation does
     images_asked = match_images([image_id(question.image) for question in questions], objects)
     check_annotated("annotations", images_asked, objects)
     ids = dict(zip((question.image for question in questions), images_asked, strict=True))
+    # Answers are told apart by image and question
     counts = Counter((ids[question.image], question.text) for question in questions)
     repeated = next((key for key, count in counts.items() if count > 1), None)
     if repeated is not None:
@@ -154,11 +156,13 @@ def amber_benchmark(
         def rate(answer: str) -> RatedAnswer:
             match = amber.match_objects(answer, item, annotations)
             words = set(match.invented)
+            # Words of the answer that name an invented object, also in the plural
             spans = tuple((start, end) for word, start, end in tokens(answer) if {word, singular(word)} & words)
             return _rate_caption(answer, match.num_covered, len(item.truth), len(match.invented), spans)
 
         return Item(question, ", ".join(item.truth), rate)
 
+    # The annotation says whether a question asks for a description
     parts: dict[str, list[Item]] = {CAPTIONS: [], "questions": []}
     for question in questions:
         annotation = annotations.items[int(question.id)]

@@ -103,6 +103,7 @@ def count_mentions(
                 "used for scoring"
             )
         match = match_objects(response.text, objects, vocabulary)
+        # By words: two words for one object are distinct
         words, invented_words = [mention.word for mention in match.mentions], [m.word for m in match.invented]
         rows.append(
             {

@@ -29,6 +29,7 @@ def benchmark(pictures: int, split: Literal["validation", "test"], seed: int) ->
     """Return the benchmark on held-out images, in which partners are rarely together."""
     by_name = {crowd.name: crowd for crowd in crowds.sample(split, pictures, seed)}
     kinds = {name: crowd.kinds for name, crowd in by_name.items()}
+    # Partners are those of the training images, where they are together
     partners = {kind: (partner,) for kind, partner in crowds.PARTNERS.items()}
     yes_no_questions: dict[str, list[Question]] = {
         name: pope.build(

@@ -36,6 +36,7 @@ def pixel_distances(images: Sequence[Image], groups: Sequence[Hashable]) -> list
             raise ValueError(f"diversity: images of {group!r} have the sizes {sorted(sizes)}; expected one size")
         pixels = np.stack([np.asarray(images[i].convert("RGB"), dtype=np.float64).ravel() / 255 for i in indices])
         for index, own_pixels in zip(indices, pixels, strict=True):
+            # The distance of an image to itself is 0, and is not counted
             to_others = np.sqrt(np.square(pixels - own_pixels).mean(1))
             distances[index] = float(to_others.sum() / (len(indices) - 1))
     return distances

@@ -71,6 +71,7 @@ def compare_images(pairs: Sequence[ImagePair], rows: Sequence[JudgedRow]) -> Com
     words = np.median([len(pairs[row.number].prompt.split()) for row in rows]) if rows else 0
     for row in rows:
         pair = pairs[row.number]
+        # Every two images, unless the scores of a list call them equal
         for i, j in combinations(range(len(pair.outputs)), 2):
             if pair.scores and pair.scores[i] == pair.scores[j]:
                 continue
@@ -85,6 +86,7 @@ def compare_images(pairs: Sequence[ImagePair], rows: Sequence[JudgedRow]) -> Com
             f"judge: the validation split has {len(keys)} pairs, of fewer than two groups (prompts), which an interval "
             "needs; raise data.validation_fraction, or give more pairs"
         )
+    # Strata are about accuracy, and a tie has no right side
     ordered = np.array(share) != 0.5
     names = sorted({name for own in features for name in own})
     masks = {name: np.array([name in own for own in features]) & ordered for name in names}
@@ -124,15 +126,19 @@ def measure(comparisons: Comparisons, side: str) -> Metrics:
     A tie of the labels counts in the log loss alone; a tie of the judge is half right.
     """
     share, verdicts = comparisons.share, comparisons.verdicts(side)
+    # 1 where judge and label prefer the same image, 1/2 for a tie of the judge
     right, columns, ratios = np.where(share > 0.5, verdicts, 1 - verdicts), dict[str, Values](), dict[str, Ratio]()
+    # Each metric is a share of hits among the comparisons of a part
     parts = {"accuracy": share != 0.5, **{f"accuracy, {name}": mask for name, mask in comparisons.strata.items()}}
     hits = dict.fromkeys(parts, right)
+    # Whatever the label says, the judge may choose the image with more of a property
     for name, differs, larger in _larger(comparisons):
         parts[f"choice of more {name}"] = differs
         hits[f"choice of more {name}"] = np.where(larger, verdicts, 1 - verdicts)
     for name, mask in parts.items():
         columns |= {f"{name}: hits": hits[name] * mask, f"{name}: pairs": mask.astype(np.float64)}
         ratios[name] = ratio(f"{name}: hits", f"{name}: pairs")
+    # Cross-entropy of the label's share
     margin = comparisons.margins(side)
     columns["log loss"] = -share * special.log_expit(margin) - (1 - share) * special.log_expit(-margin)
     return Metrics("judge", comparisons.keys, comparisons.groups, columns, ratios, ("log loss",), errors=("log loss",))
@@ -154,6 +160,7 @@ def calibration_errors(comparisons: Comparisons, bins: int) -> list[Interval]:
     columns = list[Values]()
     for side in SIDES:
         confidence, won, number = _confidence(comparisons, side, bins)
+        # Summed over a bin: confidence less share won
         columns += [(confidence - won) * (number == place) for place in range(bins)]
 
     def errors(sums: Values) -> Values:
@@ -162,6 +169,7 @@ def calibration_errors(comparisons: Comparisons, bins: int) -> list[Interval]:
 
     counts = np.stack([*columns, np.ones_like(comparisons.share)], axis=-1)
     *both, change = cluster_jackknife([counts], errors, comparisons.groups, bounds=[(-1.0, 1.0)] * 3)
+    # An error cannot be negative, so that 0 is no hypothesis about it
     return [*(replace(error, low=max(0.0, error.low), p=None) for error in both), change]
 
 
@@ -182,12 +190,14 @@ def agreement(comparisons: Comparisons, first: str, second: str) -> tuple[Interv
     as a third verdict, does not depend on the order.
     """
     verdicts, other_verdicts = comparisons.verdicts(first), comparisons.verdicts(second)
+    # Equal verdicts, ties of the first, ties of the second, and all
     counts = np.stack(
         [verdicts == other_verdicts, verdicts == 0.5, other_verdicts == 0.5, np.ones_like(verdicts)], axis=-1
     ).astype(np.float64)
 
     def kappa(sums: Values) -> Values:
         equal, tie_one, tie_two = (sums[..., number] / sums[..., 3] for number in range(3))
+        # By chance two judges prefer the same side in half of the cases without a tie, and ties meet as well
         chance = (1 - tie_one) * (1 - tie_two) / 2 + tie_one * tie_two
         return divide(equal - chance, 1 - chance)[None]
 
@@ -197,6 +207,7 @@ def agreement(comparisons: Comparisons, first: str, second: str) -> tuple[Interv
 
 def rank_correlation(values: Values, scores: Values, groups: Sequence[Hashable]) -> Interval:
     """Return Spearman's rank correlation of two columns [N], with a jackknife over groups; ranks are those of all."""
+    # Centred ranks: the sums of their products stay small
     x, y = stats.rankdata(values) - len(values) / 2, stats.rankdata(scores) - len(scores) / 2
 
     def correlation(sums: Values) -> Values:
@@ -219,6 +230,7 @@ def audit(comparisons: Comparisons, bins: int) -> tuple[dict[str, object], Table
         zip((*SIDES, "difference"), (x.as_dict() for x in (*errors, change)), strict=True)
     )
     table.append(("calibration error, %", *(error.points(signed=False) for error in errors), change.points()))
+    # Parts about the trained judge; an empty table has its header alone
     for name, part, rows in (
         ("reliability", *_reliability(comparisons, bins)),
         ("agreement", *_agreements(comparisons)),
@@ -234,6 +246,7 @@ def _reliability(comparisons: Comparisons, bins: int) -> tuple[list[dict[str, ob
     part, table = list[dict[str, object]](), Table([("confidence after", "pairs", "mean confidence, %", "won, %")])
     for bin_number in np.unique(number).tolist():
         inside = np.flatnonzero(number == bin_number)
+        # Confidence is from 1/2 to 1
         low, high = (0.5 + (bin_number + end) / bins / 2 for end in (0, 1))
         mean, share = float(confidence[inside].mean()), proportion(won[inside], [comparisons.groups[i] for i in inside])
         part.append({"from": low, "to": high, "pairs": len(inside), "confidence": mean, "won": share.as_dict()})
@@ -257,6 +270,7 @@ def _agreements(comparisons: Comparisons) -> tuple[dict[str, object], Table]:
 def _properties(comparisons: Comparisons) -> tuple[dict[str, object], Table]:
     part = dict[str, object]()
     table = Table([("property", "pairs that differ", "labels choose more, %", "rank correlation with score")])
+    # Each comparison has two images
     scores, twice = comparisons.scores[SIDES[1]].ravel(), [group for group in comparisons.groups for _ in (0, 1)]
     for name, differs, larger in _larger(comparisons):
         where = np.flatnonzero(differs)

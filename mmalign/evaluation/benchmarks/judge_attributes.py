@@ -35,6 +35,7 @@ def audit(
     part = dict[str, object]()
     table = Table([("attribute", "images", "spread", "error after", "rank correlation")])
     for place, name in enumerate(names):
+        # Images with a rating of this attribute: rating, prediction and group
         rated = [
             (ratings[place], prediction, pairs[row.number].group)
             for row in rows
@@ -44,8 +45,9 @@ def audit(
         groups = [group for *_, group in rated]
         if len(set(groups)) < 2:
             continue
-        truth, predicted = (np.array([one[side] for one in rated]) for side in (0, 1))
+        truth, predicted = (np.array([entry[side] for entry in rated]) for side in (0, 1))
 
+        # Root mean squared error, with an interval over groups
         def root(sums: Values) -> Values:
             mean: Values = np.sqrt(sums[..., 0] / sums[..., 1])[None]
             return mean

@@ -225,6 +225,7 @@ def read_splits(paths: Mapping[str, str | Path], labels: Labels | None = None) -
         for number, (location, record) in enumerate(rows, start=1):
             question = _read_question(location, record, number, labels)
             category = record.get("category")
+            # In a file of all splits each record may name its own
             name = split or (str(category) if category in SPLITS else Path(path).stem)
             splits.setdefault(name, []).append((location, question.id, question))
         if not rows:
@@ -286,6 +287,7 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
         ValueError: an id is unknown or not unique, a question has no answer, or, without ids, the questions differ.
     """
     rows = list(records(path))
+    # By id, or in the order of the questions
     num_with_id = sum("question_id" in record for _, record in rows)
     if 0 < num_with_id < len(rows):
         raise ValueError(f"{path}: {num_with_id} of {len(rows)} records have a question_id; expected all, or none")
@@ -322,6 +324,7 @@ def _answers_in_order(path: str | Path, rows: Sequence[tuple[str, Record]], ques
     answers = []
     for (location, record), question in zip(rows, questions, strict=True):
         text = take_question(location, record, "question", "prompt")
+        # A record may have more words than the question, such as those of a prompt
         if _key(question.text) not in _key(text):
             raise ValueError(
                 f"{location} answers {shorten(text)}, but question {question.id} is {shorten(question.text)}; expected "
@@ -347,6 +350,7 @@ def _choose(
             "for; expected at least one, and as many as are asked for"
         )
     rng = KeyedRNG(seed)
+    # A key for each image, whatever the others are; the smallest ones are chosen
     keys = {image: float(rng.uniform([_row(image)], (1,), "pope: image")[0, 0]) for image in enough}
     chosen = set(sorted(enough, key=lambda image: (keys[image], image))[:number])
     return {image: objects for image, objects in enough.items() if image in chosen}
@@ -371,6 +375,7 @@ def _absent(
     """Return an absent object for each present one that is asked for, all different, in the order of the split."""
     excluded, absent, candidates = set(objects), list[str](), set(orders["random"])
     for present in asked:
+        # Companions that may be asked for; once they run out, random objects
         close = [name for name in companions.get(present, ()) if name in candidates]
         ranked = [*close, *orders["random"]] if split == "adversarial" else orders[split]
         absent.append(next(name for name in ranked if name not in excluded))

@@ -96,6 +96,7 @@ def compare_scenes(before: Metrics, after: Metrics) -> tuple[dict[str, object], 
 
     def compare_accuracies(label: str, part: str, whole: str) -> dict[str, object]:
         """Add a row to the table, and return its numbers."""
+        # Images whose prompts have this part
         rows = np.flatnonzero(before.columns[whole])
         outcomes = before.columns[part][rows], after.columns[part][rows]
         groups = [prompts[row] for row in rows]
