@@ -161,6 +161,7 @@ def survey(sources: Sequence[tuple[str, Pairs[Any]]], inputs: RecipeInputs) -> C
             for row in rows:
                 for text in _image_prompts(row):
                     prompts.setdefault((split, text), Prompt(text, split, row.location))
+            # Threads read and decode the images of a chunk
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 chunk = list(pool.map(partial(examine, split), (row for row in rows if _kind(row) != "prompts")))
             for case, seen in chunk:
@@ -203,9 +204,11 @@ def _image_prompts(row: ImagePair | ResponsePair | PromptRow) -> list[str]:
 def examine(split: str, pair: ImagePair | ResponsePair) -> tuple[Case, dict[str, Picture]]:
     """Return a pair as the checks see it, and the facts of its images."""
     if isinstance(pair, ImagePair):
+        # Two prompts are their sides' texts; one prompt is the pair's
         two = bool(pair.rejected_prompt)
         prompt = "" if two else pair.prompt
         chosen = Side(pair.prompt if two else "", (pair.chosen,))
+        # The last one of a list; a single output has no other side
         rejected = Side(pair.rejected_prompt, pair.outputs[1:][-1:])
     else:
         prompt = "\n".join(f"{turn.role}: {turn.text}" for turn in pair.turns)
@@ -248,8 +251,10 @@ def _is_slip(first: str, second: str) -> bool:
     short, long = sorted((first, second), key=len)
     if len(long) < _SHORTEST_SLIP or not (first + second).isalpha():
         return False
+    # Two neighbours swapped
     if len(short) == len(long):
         differing = [index for index in range(len(long)) if short[index] != long[index]]
         start = differing[0]
         return len(differing) == 2 and short[start : start + 2] == long[start : start + 2][::-1]
+    # A letter missing, but not a final s
     return any(long[:index] + long[index + 1 :] == short for index in range(len(long))) and long != f"{short}s"

@@ -49,6 +49,7 @@ def thumbnail(image: Image.Image) -> Image.Image:
 def nearly_equal(first: Image.Image, second: Image.Image) -> bool:
     """Return whether two thumbnails show the same picture."""
     cells = min(first.width, second.width)
+    # Luma on the whole grid, then chroma on half of it
     for side, channels, highest in ((cells, slice(0, 1), LUMA), (cells // 2, slice(1, 3), CHROMA)):
         levels_first, levels_second = (_cells(image, side)[..., channels] for image in (first, second))
         contrast = max(levels.std((0, 1)).max() for levels in (levels_first, levels_second))

@@ -30,6 +30,7 @@ def as_markdown(rows: Sequence[TableRow], command: str) -> str:
     lengths = dict.fromkeys(row.num_pairs for row in others)
     lines = []
     for length in lengths:
+        # A single table at the recipes' own ends needs no heading
         if length is not None or len(lengths) > 1:
             lines += ["At the end of each recipe:" if length is None else f"After {length:,} pairs each:", ""]
         lines += _tables(base, [row for row in others if row.num_pairs == length])
@@ -54,6 +55,7 @@ def _tables(base: TableRow, rows: Sequence[TableRow]) -> list[str]:
     for row in rows:
         facts = [row.name, row.method, str(row.runs), f"{row.pairs:,}", f"{row.seconds:,.0f}"]
         values.append([*facts, *(metric.format(metric.mean) for metric in row.metrics)])
+    # Differences of each row by its name
     changes = {row.name: [metric.change for metric in row.metrics] for row in rows}
     baseline = {row.name: row.baseline[1] for row in rows if row.baseline}
     against = {f"{row.name} - {name}": cells for row in rows for name, cells in row.against.items()}
@@ -92,6 +94,7 @@ def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Return a short form of each name without common last words: "sft" for "sft_tiny_sd" beside "mapo_tiny_sd"."""
     parts = [name.split("_") for name in names]
+    # Words that all names end in, while each name keeps one of its own
     same = 0
     while len(parts) > 1 and all(len(p) > same + 1 for p in parts) and len({p[-1 - same] for p in parts}) == 1:
         same += 1
@@ -157,6 +160,7 @@ def render_side_by_side(
     def text_cell(text: str, size: int, width: int) -> Cell:
         return Cell([Text([Piece(text)], size, num_lines=3)], width=width)
 
+    # The models' names above their images
     tiles = [Tile([text_cell("", 16, 230), *(text_cell(name, 16, side) for name in columns)])]
     for prompt, *images in zip(prompts, *columns.values(), strict=True):
         cells = [text_cell(prompt, 17, 230)]

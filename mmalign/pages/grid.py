@@ -93,6 +93,7 @@ def render_grid(
                 y = canvas.write([section.heading], MARGIN, y + GUTTER, room) + GAP
             for start in range(0, len(section.tiles), columns):
                 row, top = section.tiles[start : start + columns], y + GAP
+                # All images of a row begin below its tallest heading
                 pictures_top = max(canvas.measure(tile.heading, tile.width) for tile in row) + top
                 for index, tile in enumerate(row):
                     y = max(y, canvas.draw_tile(tile, MARGIN + index * (tile_width + GUTTER), top, pictures_top))
@@ -125,6 +126,7 @@ class _Canvas:
         for cell in tile.cells:
             below = pictures_top
             if cell.image is not None:
+                # The image in its square, and a frame around that
                 left, top, side = x * self.unit, below * self.unit, cell.width * self.unit
                 self.image.paste(fit(cell.image, side), (left, top))
                 edge = FRAME * self.unit
@@ -177,15 +179,18 @@ def wrapped(text: Text, room: int, unit: int = 1) -> list[list[Piece]]:
     def is_too_wide(pieces: Sequence[Piece]) -> bool:
         return font.getlength("".join(piece.text for piece in pieces)) > width
 
+    # More letters than this do not fit, however narrow they are
     most = math.ceil((text.num_lines + 1) * room / (NARROWEST * text.size))
     for is_space, group in itertools.groupby(_words(text.pieces, most), lambda word: word.text == " "):
         for word in _parts(list(group), is_too_wide):
+            # Spaces never begin a line, and several are one
             if not is_space and (not lines or is_too_wide([*lines[-1], *word])):
                 lines.append(word)
             elif lines:
                 lines[-1] += word[:1] if is_space else word
         if len(lines) > text.num_lines:  # the rest is not shown
             break
+    # Dots replace the last word, or the end of a line's only word
     if len(lines) > text.num_lines:
         lines = lines[: text.num_lines]
         *before, last = lines[-1]

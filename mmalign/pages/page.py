@@ -123,6 +123,7 @@ def write_page(
     about = {"title": title, "score": score_name, "provenance": dict(provenance), "summary": list(map(list, summary))}
     if (reason := broken_text(about)) is not None:
         raise ValueError(f"gallery: {reason}")
+    # Kinds of all samples, also of those without an entry
     measured = measured or [entry.scores for entry in entries]
     counts, shares = tally(measured), _tally_benchmarks(measured, benchmarks)
     atomic_io.make_folder("gallery", folder / "images")
@@ -223,13 +224,16 @@ def headline(summary: Sequence[Sequence[str]]) -> str:
     """Return the first row of a summary as a sentence with the change's interval; empty without both sides."""
     if len(summary) < 2:
         return ""
+    # Columns by their first word, as in "before, %"
     cells = {name.partition(",")[0].partition(" ")[0]: (name, cell) for name, cell in zip(*summary[:2], strict=True)}
     if not {"before", "after", "change"} <= cells.keys():
         return ""
     (before_name, before), (_, after), (_, change_cell) = (cells[name] for name in ("before", "after", "change"))
+    # The first row is a measure, or of "all" what its first column measures
     first, of_row = summary[0][0], summary[1][0]
     name, _, unit = (first if of_row == "all" else of_row).partition(", ")
     unit = " %" if "%" in unit or "%" in before_name else ""
+    # Only the change is shown with its interval
     values = [f"{cell.partition(' [')[0]}{unit}" for cell in (after, before)]
     estimate, bracket, interval = change_cell.partition(" [")
     points = " points" if unit else ""

@@ -90,6 +90,7 @@ def _crowd(name: str, together: float) -> Crowd:
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{name}/{together}".encode()).digest()[:8], "big"))
     pairs = len(KINDS) // 2
     while True:
+        # Some pairs of partners: of each both, or a random one of them
         kinds = list[int]()
         for pair in rng.choice(pairs, size=int(rng.integers(1, 4)), replace=False):
             first = 2 * int(pair) + int(rng.integers(2))

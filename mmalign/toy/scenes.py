@@ -128,8 +128,10 @@ def sample_prompts(split: Split, number: int, seed: int) -> list[ScenePrompt]:
     pools = {c: [p for p in all_prompts() if p.category == c and split_of(p) == split] for c in CATEGORIES}
     chosen: list[ScenePrompt] = []
     for i, category in enumerate(CATEGORIES):
+        # The first categories have the remainder
         wanted = number // len(CATEGORIES) + (i < number % len(CATEGORIES))
         pool = pools[category]
+        # In rounds, each of which has a prompt at most once
         while wanted > 0:
             order = rng.permutation(len(pool))[:wanted]
             chosen += [pool[j] for j in order]
@@ -205,6 +207,7 @@ def corrupt(prompt: ScenePrompt, rng: np.random.Generator) -> ScenePrompt:
 def place_objects(prompt: ScenePrompt, rng: np.random.Generator) -> list[Object]:
     """Return exactly the objects that fulfil the prompt, at random separate positions."""
     wanted = [group for group in prompt.groups for _ in range(group.number)]
+    # The largest radius with which so many objects still find a place
     largest = {1: 13.0, 2: 11.0, 3: 9.5, 4: 8.5}[len(wanted)]
     for _ in range(1000):
         radii = [rng.uniform(*SIZES[g.size]) if g.size else rng.uniform(6.5, largest) for g in wanted]
@@ -217,6 +220,7 @@ def place_objects(prompt: ScenePrompt, rng: np.random.Generator) -> list[Object]
             max(abs(a.x - b.x), abs(a.y - b.y)) > a.radius + b.radius + _GAP
             for a, b in itertools.combinations(objects, 2)
         )
+        # With a margin, so that a reading of the image cannot miss the relation
         if apart and (prompt.relation is None or _holds(prompt.relation, objects[0], objects[1], margin=8.0)):
             return objects
     raise AssertionError(f"no layout for {prompt}")
@@ -343,8 +347,10 @@ def _measure(mask: NDArray[np.bool_], colour: str) -> Object:
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     height, width = bottom - top, right - left
     shape = "unknown"
+    # No shape is much longer than wide
     if 0.65 < width / height < 1.5:
         crop = Image.fromarray(mask[top:bottom, left:right].astype(np.uint8) * 255)
+        # By the overlap of silhouettes that fill their boxes: intersection over union
         silhouette = np.asarray(crop.resize((32, 32), Image.Resampling.BILINEAR)) > 127
         overlap = {name: (silhouette & t).sum() / (silhouette | t).sum() for name, t in _templates().items()}
         best = max(overlap, key=lambda name: float(overlap[name]))

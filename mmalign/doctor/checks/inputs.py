@@ -35,6 +35,7 @@ def over_budget(corpus: Corpus) -> list[Place] | NotChecked:
     tokens = corpus.inputs.tokens
     if isinstance(tokens, NotChecked):
         return tokens
+    # One view for each size: the content of an image does not change its tokens
     views = dict[tuple[int, int], ImageView]()
     places = []
     for case in corpus.cases:

@@ -38,6 +38,7 @@ def contradictions(corpus: Corpus) -> list[Place]:
         for (better, worse), cases in edges.items():
             seen.add((better, worse))
             opposite = edges.get((worse, better))
+            # Once for both directions, at the first
             if opposite and (worse, better) not in seen:
                 others = ", ".join(case.location for case in [*cases[1:], *opposite])
                 places.append(place(cases[0], f"labelled the other way: {others}"))
@@ -78,12 +79,14 @@ def _cycles(edges: Edges) -> Iterator[list[Case]]:
     worse_of: dict[Node, list[Node]] = defaultdict(list)
     for better, worse in edges:
         worse_of[better].append(worse)
+    # Few prompts have cycles, and a sort tells them apart fast
     try:
         TopologicalSorter(worse_of).prepare()
         return
     except CycleError:
         pass
     done = set[Node]()
+    # A preference is in a cycle if a path leads back from its worse side to the better one
     for better, worse in edges:
         if {better, worse} <= done:
             continue
@@ -95,11 +98,13 @@ def _cycles(edges: Edges) -> Iterator[list[Case]]:
 
 def _path(worse_of: Mapping[Node, list[Node]], start: Node, end: Node) -> list[Node] | None:
     """Return the shortest path of at least two steps between two sides, without the direct one."""
+    # Breadth first, with the side from which each side was reached
     before: dict[Node, Node | None] = {start: None}
     queue = deque([start])
     while queue:
         node = queue.popleft()
         for following in worse_of.get(node, ()):
+            # The direct step back would be a contradiction, not a cycle
             if following in before or (node, following) == (start, end):
                 continue
             before[following] = node

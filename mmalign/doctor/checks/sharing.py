@@ -25,6 +25,7 @@ def shared_prompts(corpus: Corpus) -> list[Place] | NotChecked:
     held += [Prompt(text, "evaluation", "evaluate.prompts") for text in evaluation.prompts]
     if not held:
         return NotChecked("the evaluation has no prompts of its own")
+    # Reversed, so that the first place of a prompt remains
     known = {normalize(prompt.text): prompt for prompt in reversed(held)}
     pairs = [(prompt, known.get(normalize(prompt.text))) for prompt in corpus.prompts if prompt.split == TRAINING]
     return [
@@ -39,6 +40,7 @@ def shared_images(corpus: Corpus) -> list[Place] | NotChecked:
     evaluation = _evaluation(corpus)
     if isinstance(evaluation, NotChecked):
         return evaluation
+    # Images of the validation split, and those of the recipe's evaluation
     held = [
         _Held(ref.location, VALIDATION, small, ref) for ref in _images(corpus, VALIDATION) if (small := look(ref)[1])
     ]

@@ -18,6 +18,7 @@ def image_sizes(corpus: Corpus) -> list[Place]:
     for case in corpus.cases:
         for chosen, rejected in zip(case.chosen.images, case.rejected.images, strict=False):
             first, second = (corpus.pictures[ref.key].size for ref in (chosen, rejected))
+            # Unreadable images have no size; another check names them
             if 0 in (*first, *second):
                 continue
             ratios = [first[0] / second[0], first[1] / second[1]]
@@ -38,9 +39,11 @@ def length_bias(corpus: Corpus) -> list[Place] | NotChecked:
     if len(set(groups)) < _MIN_GROUPS:
         return NotChecked(f"{len(set(groups))} groups of pairs are too few; {_MIN_GROUPS} are needed")
     outcomes = [_longer(case) for case in cases]
+    # Chance is one half
     excess = paired_difference([0.5] * len(outcomes), outcomes, groups)
     if excess.high >= -_MIN_EXCESS and excess.low <= _MIN_EXCESS:
         return []
+    # The share of the side that is chosen more often
     side, sign = ("longer", 1) if excess.estimate > 0 else ("shorter", -1)
     share, *ends = (min(1.0, 0.5 + sign * value) for value in (excess.estimate, excess.low, excess.high))
     interval = Interval(share, *sorted(ends)).points(signed=False)
