@@ -39,6 +39,7 @@ def atomic_write(path: Path, *, marker: str = "", shared: bool = False) -> Itera
     check_owned(path, marker)
     part, aside = hidden(path, f"{uuid.uuid4().hex}-part" if shared else "part"), hidden(path, "old")
     try:
+        # Writers hold the folder together, and `remove_unfinished` would hold it alone
         with _system_lock(path.parent, fcntl.LOCK_SH) if shared else contextlib.nullcontext():
             _remove(part)
             yield part
@@ -49,6 +50,7 @@ def atomic_write(path: Path, *, marker: str = "", shared: bool = False) -> Itera
         raise _write_error(path, error) from error
     finally:
         _remove(part)
+    # The old folder goes once the new one is in its place
     _remove(aside)
 
 
@@ -168,6 +170,7 @@ def file_lock(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _lock(target: Path, lock: Path) -> Iterator[None]:
     resolved = lock.resolve()
+    # Nested, or a process beside the one that writes
     if resolved in _held or os.environ.get("RANK", "0") != "0":
         yield
         return
@@ -182,8 +185,10 @@ def _lock(target: Path, lock: Path) -> Iterator[None]:
             ) from None
         except OSError as error:  # a file system without locks
             logger.warning(f"{target}: cannot be locked ({error.strerror}); start no second command on it")
+        # Its last owner may have deleted the file after this process opened it: then nobody else sees this lock
         if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
             raise ValueError(f"{target}: another mmalign has just ended its work here; run the command again")
+        # The owner, for the message to others
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -237,6 +237,7 @@ def compare(
 
     from mmalign.commands.compare import compare as run
 
+    # Assignments may stand among the recipes
     run(
         [name for name in recipes if "=" not in name],
         seeds=seeds,
@@ -283,6 +284,7 @@ def doctor(
     """
     from mmalign.commands.doctor import doctor as run
 
+    # Exit code 1 is for findings, so that an error has another one
     try:
         code = run(
             sources,

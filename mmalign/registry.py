@@ -143,6 +143,7 @@ def _origin(module: str) -> str:
     """Return the file of a module; neither it nor the packages around it are imported."""
     if module in sys.modules:
         return str(vars(sys.modules[module]).get("__file__", "Python itself"))
+    # `find_spec` of a dotted name would import the packages around the module
     top, *inner = accumulate(module.split("."), "{}.{}".format)
     spec = importlib.util.find_spec(top)
     for name in inner:
