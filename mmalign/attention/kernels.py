@@ -53,6 +53,7 @@ def platform_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str
 
     This imports xformers on every device, and does not touch the device.
     """
+    # Imported even where it is no use, since a broken package must be hidden from diffusers
     package = _unusable_reason()
     if device.type != "cuda":
         return f"it has no kernels for a {device.type.upper()}"

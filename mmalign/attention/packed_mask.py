@@ -153,6 +153,7 @@ class PackedPrefixMask:
                 "prefix with one of its branches"
             )
         packed = rows[0].new_empty(*rows[0].shape[:-1], self.length)
+        # The first row of a prefix is written last, so its copy stays
         for row, positions in zip(reversed(rows), reversed(self.row_positions), strict=True):
             packed[..., positions.to(packed.device)] = row
         return packed
@@ -230,6 +231,7 @@ class BlockGroup:
         mask = BlockDiagonalMask.from_seqlens(self.num_queries, self.num_keys, device=self.device)
         if not self.causal:
             return mask
+        # With as many queries as keys both alignments are one
         return mask.make_causal() if self.num_queries == self.num_keys else mask.make_causal_from_bottomright()
 
 
@@ -265,6 +267,7 @@ class RangeGather:
 
     def scatter(self, gathered: Tensor) -> Tensor:
         """Scatter as `put` does, without autograd."""
+        # The first round writes, later ones add to tokens that occur again
         (tokens, places), *later_rounds = self.rounds
         shape = (gathered.shape[0], self.length, *gathered.shape[2:])
         out = gathered.new_empty(shape) if len(tokens) == self.length else gathered.new_zeros(shape)

@@ -43,10 +43,12 @@ class Walk:
 
     def law(self, x: Tensor, index: int, prediction: Tensor) -> Gaussian:
         """Return the distribution of the latents after step `index`: mean [k, B, C, H, W], std [k, B, 1, 1, 1]."""
+        # [k, B, ...] as one batch; all rows take the same step
         flat, answer = x.flatten(0, 1), prediction.flatten(0, 1)
         t, prev = (self.times[i].expand(len(flat)) for i in (index, index + 1))
         law = step(self.schedule, answer, flat, t, prev, self.eta)
         mean, std = law.mean.view_as(x), law.std.view(*x.shape[:2], 1, 1, 1)
+        # Rows whose step adds no noise, by the same answer of the network
         if self.stochastic is not None:
             still = step(self.schedule, answer, flat, t, prev, 0.0).mean.view_as(x)
             noisy = self.stochastic[index].view(-1, 1, 1, 1)
