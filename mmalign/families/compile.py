@@ -33,6 +33,7 @@ def denoiser_blocks(net: nn.Module) -> list[nn.Module]:
     """
     names = getattr(net, "_repeated_blocks", None) or getattr(net, "_no_split_modules", None) or ()
     blocks: list[tuple[str, nn.Module]] = []
+    # `named_modules` yields a module before its parts, so the outermost comes first
     for name, module in net.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer, _ in blocks)
         if type(module).__name__ in names and not inside:

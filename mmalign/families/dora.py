@@ -65,6 +65,7 @@ def install(net: nn.Module, *, fresh: bool = False) -> None:
             if not isinstance(base, nn.Linear):
                 raise ValueError(f"model.lora.dora: {name} is a {type(base).__name__}; DoRA adapts linear layers alone")
             weight = old.weight.data
+            # The norms of the rows now, so that DoRA changes nothing at first
             if fresh:
                 matrices = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
                 weight = row_norms(base, *matrices, layer.scaling[adapter])

@@ -279,6 +279,7 @@ class ImageJudge:
     def _write(self, folder: Path, net: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         """Write a folder in open_clip's format, and return its weights."""
         assert isinstance(net, ClipScorer)
+        # The run goes on with its adapters, so a copy absorbs them
         if lora.adapter_layers(net):
             net = copy.deepcopy(net)
             lora.absorb_adapters(net)

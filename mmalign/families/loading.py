@@ -66,6 +66,7 @@ def default_side(path: str, revision: str | None = None) -> int | None:
             continue
         denoiser, vae = (read_json(file, "expected a configuration; copy it again", str(file)) for file in files)
         assert isinstance(denoiser, dict) and isinstance(vae, dict), "configurations are dictionaries"
+        # The denoiser's side is in latents; all blocks of the autoencoder but one halve it
         side, blocks = denoiser.get("sample_size"), vae.get("block_out_channels")
         if isinstance(side, int) and isinstance(blocks, list):
             return int(side * 2 ** (len(blocks) - 1))

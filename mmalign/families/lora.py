@@ -185,6 +185,7 @@ def save_peft(net: nn.Module, folder: Path, name: str, revision: str | None, dty
         dtype: the dtype of the weights; None keeps float32.
     """
     weights, config = folded(net, dtype)
+    # Entries that peft's `AutoPeftModel` reads to find and build the base model
     described = {
         **config,
         "base_model_name_or_path": str(Path(name).resolve()) if Path(name).exists() else name,

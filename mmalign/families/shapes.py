@@ -71,6 +71,7 @@ def _fake(mode: FakeTensorMode, tensor: Any) -> Tensor:
     if not is_traceable_wrapper_subclass(tensor):
         fake: Tensor = FakeTensor(mode, tensor, torch.device("cpu"))
         return fake
+    # A quantized tensor is a wrapper: its parts become fake ones, and are wrapped again
     cls: Any = type(tensor)
     names, context = tensor.__tensor_flatten__()
     inner = {name: _fake(mode, getattr(tensor, name)) for name in names}

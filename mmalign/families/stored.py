@@ -98,6 +98,7 @@ def check_variant(path: str, variant: str | None) -> None:
     for folder in (Path(path), Path(path, "unet"), Path(path, "transformer")):
         names = [file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
         if names and not any(is_variant(name, variant) for name in names):
+            # Parts of names between the first point and the suffix, such as fp16
             there = sorted({part for name in names for part in name.split(".")[1:-1]} - {"safetensors", "bin"})
             wanted = f"of the variant {variant}" if variant else "without a variant"
             remedy = f"set model.variant to {' or '.join(there) or 'null'}"

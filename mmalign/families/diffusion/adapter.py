@@ -79,6 +79,7 @@ def load_trained(base: ModelMixin, part: str, folder: Path) -> ModelMixin:
             set_up_adapters(base)
             return base
         net = type(base).from_pretrained(folder / part, dtype=base.dtype).to(base.device)
+    # A new network has diffusers' attention, and gets the backend of the base
     if (backend := denoisers.installed(base)) is not None:
         denoisers.install(net, backend)
     return net.requires_grad_(False).eval()

@@ -62,6 +62,7 @@ def _scale_and_shift(vae: ModelMixin) -> tuple[float | Tensor, float | Tensor]:
     config: Mapping[str, Any] = vae.config
     scale: float | Tensor = config.get("scaling_factor", 1.0)
     shift: float | Tensor = config.get("shift_factor") or 0.0
+    # Some autoencoders have a mean and a deviation for each channel
     if config.get("latents_std") is not None:
         std, mean = (torch.tensor(config[name], device=vae.device) for name in ("latents_std", "latents_mean"))
         scale, shift = scale / std.view(1, -1, 1, 1), mean.view(1, -1, 1, 1)

@@ -214,6 +214,7 @@ def _copy_frozen(source: Path, folder: Path, part: str, vae: Path | None, varian
     text = (source / INDEX).read_text(encoding="utf-8")
     index: dict[str, Any] = json.loads(text)
     parts = [key for key, kind in index.items() if isinstance(kind, list) and kind and kind[0]]
+    # The index may name parts that have no folder
     absent = [key for key in parts if not (source / key).is_dir()]
     for key in parts:
         if key != part and key not in absent:

@@ -214,6 +214,7 @@ def _in_layers(adapters: Adapters, net: ModelMixin, layers: Mapping[str, list[st
     """Return the tensors of original layers, which hold diffusers' layers."""
     left, weights = dict(adapters), Weights()
     for name, parts in layers.items():
+        # An original layer may hold several of diffusers', such as q, k and v
         pairs = [left.pop(part, None) for part in parts]
         if any(pair is not None for pair in pairs):
             outs = [net.get_submodule(part).out_features for part in parts]

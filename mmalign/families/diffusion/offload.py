@@ -31,5 +31,6 @@ def stages(networks: Sequence[nn.Module], device: torch.device | None) -> Iterat
         yield lambda *used: place(networks, used, device) if device is not None else None
     finally:
         if device is not None:
+            # Networks that return to the CPU go first, to make room
             for net, home in sorted(zip(networks, homes, strict=True), key=lambda item: item[1] != CPU):
                 net.to(home)

@@ -185,6 +185,7 @@ class ChatTemplate:
         Raises:
             TemplateError: the prompt is rendered already.
         """
+        # Special tokens anywhere, and the template's own beginning or end of a turn
         for turn in turns:
             text = turn.text.replace(IMAGE, "").strip()
             begun, ended = self._edges if turn.role == "user" else ("", "")

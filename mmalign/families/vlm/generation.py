@@ -176,6 +176,7 @@ class _Mixed:
 
     def _logits(self, model: PreTrainedModel, ids: Tensor) -> Tensor:
         """Return the logits [N, V] after the tokens, as transformers' own loop computes them."""
+        # After the first call only the last token is new to the cache
         new = {} if self.is_first else {"next_sequence_length": 1}
         given = model.prepare_inputs_for_generation(ids, is_first_iteration=self.is_first, **new, **self.inputs)
         output = model(**given, return_dict=True)

@@ -24,6 +24,7 @@ POOLED, DEEP, GRID = "pooled", "deep", "grid"
 def pack_features(features: BaseModelOutputWithPooling) -> dict[str, Tensor]:
     """Return an image's features as named tensors."""
     pooled = features.pooler_output
+    # Features of an image are one tensor or several, by model; those of deeper layers beside them
     parts = {POOLED: pooled} if isinstance(pooled, Tensor) else {f"{POOLED}.{i}": x for i, x in enumerate(pooled)}
     for number, layer in enumerate(getattr(features, "deepstack_features", None) or ()):
         parts |= {f"{DEEP}.{number}.{i}": x for i, x in enumerate(layer)}

@@ -296,6 +296,7 @@ class ImageTextToText:
                 set_up_adapters(self._model)
                 return self.network
             model = type(self._model).from_pretrained(folder, dtype=self._model.dtype)
+        # A new model has transformers' attention, and gets the backend of the base
         if (backend := decoders.installed(self._model.get_decoder())) is not None:
             decoders.install(model.get_decoder(), backend)
         return TokenScorer(model.to(self.loading.device).requires_grad_(False).eval())
