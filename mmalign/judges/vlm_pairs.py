@@ -108,6 +108,7 @@ def mean_log_odds(keys: Sequence[Hashable], log_odds: Callable[[Sequence[tuple[i
         log_odds: the log-odds [P] of the first row of each of P pairs of rows.
     """
     groups = groups_of(keys)
+    # Every two rows of a key, each with the size of its group
     pairs = [pair for group in groups for pair in combinations(group, 2)]
     sizes = [len(group) for group in groups for _ in combinations(group, 2)]
     scores = torch.zeros(len(keys))

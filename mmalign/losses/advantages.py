@@ -48,6 +48,7 @@ def advantages(
     elif scale == "batch":
         counted = rewards if weights is None else rewards[weights > 0]
         centred = centred / (_deviation(counted, unbiased, total) + eps)
+    # Rewards all alike give no advantage, in place of a rounding error divided by eps
     values = torch.where(informative(rewards)[:, None], centred, 0)
     return values if clip is None else values.clamp(-clip, clip)
 

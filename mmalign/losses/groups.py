@@ -96,9 +96,11 @@ def lambda_rank(
     """
     rewards = _scaled(group) if scaled else group.rewards
     gains = group.gains
+    # Equal gains, as at the start of training, are ranked by the reward
     by_reward = _ranks(group.rewards, group.present)
     rank = by_reward if ranks == "reward" else _ranks(gains.detach(), group.present, by_reward)
     discount = 1 / torch.log1p(rank.to(gains.dtype))
+    # What the discounted gain changes if i and j change places [B, K, K]
     weights = between(torch.exp2(rewards)).abs() * between(discount).abs()
     return torch.where(group.better, weights * F.softplus(-beta * between(gains)), 0).sum((1, 2))
 

@@ -55,6 +55,7 @@ def labelled(link: PairLoss, labels: Labels, beta: float) -> PairLoss:
     """
 
     def loss(policy: Pair, reference: Pair) -> Tensor:
+        # The margin as a gain of the reference, and the loss of the opposite label in its share
         reference = Pair(reference.chosen + labels.margin / beta, reference.rejected)
         share, values = labels.preference, link(policy, reference)
         if (share != 1).any():
@@ -108,6 +109,7 @@ def capped(link: PairLoss, cap: float, beta: float) -> PairLoss:
     """
 
     def loss(policy: Pair, reference: Pair) -> Tensor:
+        # Beyond the cap the chosen score is set back to it, and neither side has a gradient
         excess = (policy.margin - reference.margin - cap / beta).detach()
         over = excess > 0
         chosen = torch.where(over, (policy.chosen - excess).detach(), policy.chosen)

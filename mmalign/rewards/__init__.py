@@ -231,6 +231,7 @@ def response_module(name: str) -> ResponseModule:
     Raises:
         ValueError: the kind judges images alone, or what is named from outside is no judge of responses.
     """
+    # A judge from outside has its loader beside its options, and no check of its own
     if registry.is_outside(name):
         options = registry.import_class("reward", name, JudgeConfig)
         load = registry.module_of("reward", options, ["load_responses"]).load_responses

@@ -37,6 +37,7 @@ class AttributeHeads(nn.Module):
         self.scales = dict(scales)
         self.weight = nn.Parameter(torch.zeros(len(scales), 2 * width))
         self.bias = nn.Parameter(torch.zeros(len(scales)))
+        # Scales move with the heads, and are saved beside the weights, not among them
         low, high = torch.tensor(list(scales.values())).view(-1, 2).unbind(1)
         self.register_buffer("low", low, persistent=False)
         self.register_buffer("high", high, persistent=False)

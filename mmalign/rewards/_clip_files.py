@@ -28,6 +28,7 @@ def load_start(path: str, *, random: bool = False) -> ClipParts:
         ValueError: `path` is neither, or its weights are missing or do not fit its config.
     """
     about = _config_file(resolve_model(path))
+    # Random weights are the same in every call, and the caller's generator stays as it was
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if about is not None:

@@ -43,11 +43,13 @@ class Combination:
         An output that breaks a constraint gets the least value of its key.
         """
         stacked = torch.stack([each.cpu().double() for each in scores])
+        # Judges without a limit make the value; those with one only rule outputs out
         terms = [number for number, limit in enumerate(self.at_least) if limit is None]
         values = COMBINATIONS[self.kind](stacked[terms], self.weights[terms].double(), keys)
         if len(terms) < len(self.at_least):
             limits = torch.tensor([-torch.inf if limit is None else limit for limit in self.at_least])
             kept = (stacked >= limits[:, None]).all(0)
+            # Outputs that break a limit fall to the least value of their own prompt
             for rows in groups_of(keys):
                 values[rows] = constrained(values[rows][None], kept[rows][None])[0]
         return values.float()

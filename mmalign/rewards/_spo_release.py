@@ -73,9 +73,11 @@ def expected_shapes(config: CLIPConfig, frequencies: int) -> dict[str, torch.Siz
     """Return the shape of every weight of a published file, by its name without the prefix."""
     from transformers import CLIPModel
 
+    # Names and shapes of the CLIP, at no cost of memory
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in CLIPModel(config).state_dict().items()}
     width, layers = config.vision_config.hidden_size, config.vision_config.num_hidden_layers
+    # The timestep's layers, as the module docstring lists them
     linears = {"t_embedder.mlp.0": (width, frequencies), "t_embedder.mlp.2": (width, width)}
     linears |= {f"vision_model.encoder.layers.{i}.adaLN_modulation.1": (6 * width, width) for i in range(layers)}
     linears["vision_model.adaLN_modulation.1"] = (2 * width, width)

@@ -52,6 +52,7 @@ def read_tensors(judge: str, file: Path, example: str, inner: str = "") -> Mappi
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
+    # Tensors may be in an entry of the pickle, but all values there must be tensors
     weights = content.get(inner) if inner and isinstance(content, Mapping) else content
     if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise ValueError(f"reward {judge}: {file} holds no weights by name; expected tensors such as {example}...")

@@ -75,9 +75,11 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
 
 def reward(response: str, truth: Sequence[str], vocabulary: Vocabulary, penalty: float) -> float:
     """Return the reward of a response, given the texts of the true answer."""
+    # A yes or no is compared with the reading of the response
     verdict = _VERDICT.match(truth[0])
     if verdict is not None and len(truth) == 1:
         return float(parse_strict(response) is (verdict[1].lower() == "yes"))
+    # Objects of the truth, against those that the response names after its thoughts
     objects = {mention.object for text in truth for mention in vocabulary.mentions(text)}
     named = [mention.object for mention in vocabulary.mentions(final_answer(response))]
     invented = sum(name not in objects for name in named)

@@ -200,6 +200,7 @@ def load(path: str, device: torch.device, cfg: Config) -> StepAware:
 
     parts = read(path) if cfg.weights is None else read_release(path, cfg.weights, cfg.clip)
     net, preprocess = parts.net.eval().requires_grad_(False).to(device), parts.preprocess
+    # By default each network gets the preprocessing that it was trained on
     if (cfg.preprocessing or ("folder" if cfg.weights is None else "release")) == "release":
         about = PreprocessCfg(**parts.config["preprocess_cfg"])
         preprocess = _spo_release.preprocessing(net.clip.visual.image_size[0], about.mean, about.std)
