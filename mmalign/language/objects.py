@@ -183,6 +183,7 @@ def coco_vocabulary(variant: Variant = "refined") -> Vocabulary:
     listed = [line.split(", ") for line in _word_list("coco_objects.txt")]
     read_as = dict(_READ_AS)
     left_out: set[str] = set()
+    # The words of CHAIR's list alone, less those that its release never finds
     if variant == "published":
         left_out = _ADDED | _UNREACHABLE
         read_as["motor bike"] = "motor bike"

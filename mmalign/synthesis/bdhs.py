@@ -177,6 +177,7 @@ def _hidden(sampler: ResponseSampler, row: GroundTruthAnswer, masking: BdhsConfi
     read = sampler.family.processor
     number = len(read.image_token_positions(read.tokenize_prompt(row.turns, row.images)))
     rho = sampler.rng.uniform([row.row], (number,), "hidden", attempt)[0]
+    # Each token is hidden with probability rho, or all but a number of them are
     if masking.keep_tokens is None:
         return rho < masking.rho
     seen = rho.topk(min(masking.keep_tokens, number)).indices

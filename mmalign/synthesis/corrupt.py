@@ -87,6 +87,7 @@ class Corruptor:
 
     def _other_object(self, text: str, word: str, named: set[str], how: float, choice: float) -> str:
         """Return the text with a companion in the object's place, or beside it."""
+        # Objects that are frequent beside this one, or else any that the answer does not name
         near = [one for one in self.companions.get(word, ()) if one not in named][:NEAREST]
         strangers = [one for one in self.vocabulary.objects if one not in named]
         others = near or strangers or [one for one in self.vocabulary.objects if one != word]
@@ -94,6 +95,7 @@ class Corruptor:
             return text
         new = _pick(others, choice)
         named.add(new)
+        # Beside the object, or in its place in the same number
         if how < self.beside:
             return f"{text} and {article(new)} {new}"
         last = text.split()[-1]

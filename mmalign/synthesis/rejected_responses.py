@@ -353,6 +353,7 @@ def nearest(vectors: Tensor, number: int) -> list[list[int]]:
     neighbours: list[list[int]] = []
     for block in torch.split(vectors, ROWS):
         cosines = block @ vectors.T
+        # The image itself and its copies are left out; equal cosines come in the order of places
         best = cosines.masked_fill(cosines >= COPY, -torch.inf).topk(min(number, len(vectors)))
         for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             ranked = sorted(zip(values, places, strict=True), key=lambda neighbour: (-neighbour[0], neighbour[1]))

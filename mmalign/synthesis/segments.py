@@ -121,6 +121,7 @@ def masked(text: str, segments: Sequence[Segment]) -> str:
     pieces, position = list[str](), 0
     for before, segment in pairwise([None, *segments]):
         assert segment is not None
+        # Only white space since the last segment: it shares that mask
         if before is None or text[before.end : segment.start].strip():
             pieces += [text[position : segment.start], MASK]
         position = segment.end

@@ -71,8 +71,8 @@ def sentences(text: str) -> list[str]:
     """Split a text into sentences with their trailing white space; joined, they are the text again.
 
     A sentence ends with a full stop, a question or an exclamation mark before white space, with one of a script without
-    spaces, or with its line. A piece
-    without a letter belongs to the next sentence, so "1. A dog." is one. A few abbreviations end no sentence.
+    spaces, or with its line. A piece without a letter belongs to the next sentence, so "1. A dog." is one. A few
+    abbreviations end no sentence.
     """
     parts = [""]
     for piece in _PIECE.findall(text):
@@ -116,6 +116,7 @@ def openings(answer: str, row: int, rng: KeyedRNG, attempt: int = 0) -> list[Par
     """
     whole, pieces, history = sentences(answer), list[Part](), ""
     uniforms = rng.uniform([row], (max(len(whole), 1), 2), "openings", attempt)[0].tolist()
+    # Sentences continue from the true ones before them, whatever was written there
     for sentence, (swap, place) in zip(whole, uniforms, strict=False):
         other = opposite(sentence) if swap >= 0.5 else None
         pieces.append(_cut(history, other or sentence, place, at_least=1 if other else 0))

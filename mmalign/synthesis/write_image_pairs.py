@@ -112,6 +112,7 @@ def write_prompt_pairs(
     """
     rows, num_couples = [], len(prompts) // 2
     for a, b in zip(range(0, len(prompts), 2), range(1, len(prompts), 2), strict=True):
+        # Each image has to suit its own prompt better than the couple's other image does
         if min(own[a] - crossed[b], own[b] - crossed[a]) >= log_odds(min_confidence):
             sides = _sides((images[a], images[b]), (1.0, 0.0), (own[a], own[b]))
             rows.append({"caption": prompts[a], "rejected_caption": prompts[b], **sides})
