@@ -64,6 +64,7 @@ def random_crop(image: Image.Image, u: Tensor, *, area_range: tuple[float, float
         u: uniform draws [4] in [0, 1): area, aspect ratio, horizontal and vertical position.
         area_range: the least and greatest area of the crop, as shares of the image's area.
     """
+    # Area and log aspect ratio, then the width that they give, bounded so that both sides fit
     area_u, ratio_u, right, down = u.double().tolist()
     area = (area_range[0] + (area_range[1] - area_range[0]) * area_u) * image.width * image.height
     low, high = (math.log(ratio) for ratio in _RATIOS)

@@ -190,6 +190,7 @@ def prepare(
         cut = ImageOps.mirror(cut) if mirror else cut
     else:
         cut, top, left = _crop(image, size, crop_position, mirror=mirror)
+    # Bytes [H, W, 3] to numbers [3, H, W]
     pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
     return pixels, torch.tensor([image.height, image.width, top, left, size.height, size.width])
 

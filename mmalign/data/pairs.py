@@ -326,6 +326,7 @@ class Pairs(Sequence[P], Generic[P]):
         """
         if not len(self):
             why = f": {format_rows(self.skipped)}" if self.skipped else ""
+            # Mostly missing images: their folder is probably another one
             missing = sum(row.defect == "missing image" for row in self.skipped) * 2 > len(self.skipped)
             raise ValueError(
                 f"data.path: {self.source} has no pair to learn from ({count(self.ties, 'tie')}, "

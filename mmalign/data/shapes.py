@@ -27,6 +27,7 @@ def buckets(size: ImageSize, multiple: int) -> tuple[ImageSize, ...]:
         multiple: the sides are multiples of this number of pixels.
     """
     area = size.width * size.height
+    # A STEPS-th of the side of a square of this area, rounded up to the multiple
     step = -(-round(area**0.5) // (STEPS * multiple)) * multiple
     shapes = [size]
     for width in range(step, int((area * WIDEST) ** 0.5) + 1, step):

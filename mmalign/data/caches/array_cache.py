@@ -52,6 +52,7 @@ class ArrayCache:
         Raises:
             ValueError: the folder is a file, or the cache's subfolder holds other content.
         """
+        # The fingerprint as it reads back from JSON
         wanted = json.loads(json.dumps(dict(fingerprint)))
         cache = cls(Path(folder) / fingerprint_settings(wanted), fingerprint)
         for path in (Path(folder), cache.folder):
@@ -86,6 +87,7 @@ class ArrayCache:
         assert not any("|" in field for item in items.values() for field in item), "| ends the key in a tensor's name"
         tensors = {f"{key}|{f}": x.detach().cpu().contiguous() for key, item in items.items() for f, x in item.items()}
         assert len({frozenset(item) for item in items.values()}) == 1, "items of one shard have the same fields"
+        # A name of its own: processes never write to one file
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         with atomic_write(path, shared=True) as part:
             save_file(tensors, part)

@@ -130,6 +130,7 @@ class PrecomputeCache:
         """
         for draw, numbers in missing.items():
             for batch in loader.read_pairs(draw, numbers):
+                # A batch is computed whole, and only its readable pairs are stored
                 good = [row for row, weight in enumerate(batch.weights) if weight]
                 tensors = compute(batch, draw) if good else {}
                 yield {

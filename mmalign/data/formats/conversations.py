@@ -122,6 +122,7 @@ def _pairs(row: Record, prompt: Sequence[Message], chosen: object, rejected: obj
     """Return a row for every rejected response; a response is a text, messages, or the whole conversation."""
     best, rows = read_completion("chosen", chosen), list[ParsedRow | UnusableRowError]()
     for other in _several("rejected", rejected):
+        # A response that cannot be used drops its own pair alone
         try:
             split = split_conversations(*_conversations(prompt, best, read_completion("rejected", other)))
             rows.append(_row(row, *split[:3], images, later=split[3]))
@@ -277,12 +278,14 @@ def _thumbs(location: str, row: Record) -> ParsedRows:
 
 def _rankings(location: str, row: Record) -> ParsedRows:
     responses = [read_text("responses", text) for text in read_list("responses", row["responses"])]
+    # Ranks count downwards
     name, sign = ("scores", 1) if row.get("scores") is not None else ("ranks", -1)
     worth = [sign * read_number(name, value) for value in read_list(name, row.get(name))]
     if len(responses) < 2 or len(worth) != len(responses):
         raise UnusableRowError(
             f"has {len(responses)} responses and {len(worth)} {name}; expected a score for each of two or more"
         )
+    # The best first; of equal ones the first
     order = sorted(range(len(worth)), key=lambda n: -worth[n])
     first, second, *others = (responses[n] for n in order)
     parsed = _row(row, read_messages("prompt", row["prompt"]), first, second, row.get("images", row.get("image")))

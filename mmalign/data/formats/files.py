@@ -297,6 +297,7 @@ def read_number(name: str, value: object) -> float:
     Raises:
         UnusableRowError: the value is none, or is not finite.
     """
+    # The common case of large tables
     if type(value) is float and math.isfinite(value):
         return value
     try:

@@ -116,6 +116,7 @@ def _second(record: Record, name: str) -> str:
 
 
 def _read_labels(location: str, record: Record) -> Parsed:
+    # Pick-a-Pic marks rows without a verdict, and those of one image twice
     for flag, reason in (("has_label", "has_label is false"), ("are_different", "both images are the same")):
         value = record.get(flag)
         if value is not None and value is not True and not read_number(flag, value):
@@ -123,6 +124,7 @@ def _read_labels(location: str, record: Record) -> Parsed:
     prompt, second = required_text(record, "caption"), _second(record, "rejected_caption")
     labels = [read_number(name, record[name]) for name in ("label_0", "label_1")]
     sides = [_side(record[f"jpg_{n}"], record.get(f"image_{n}_uid")) for n in (0, 1)]
+    # Labels that add up to 1 are probabilities, unless one of them is 0
     preference = max(labels) if abs(sum(labels) - 1) < SURE and min(labels) > 0 else 1.0
     scores = [record[name] for name in NUMBERED_SCORES if record.get(name) not in (None, "")]
     pair = _two(prompt, sides, labels, second)

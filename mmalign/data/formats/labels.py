@@ -62,6 +62,7 @@ def read_label(
     scored = margins.kind != "column" and "margin" in fields
     if "preference" not in fields:
         preference = 1.0
+    # Most rows have no label of their own, and share one object
     if not own and not scored and preference == 1:
         return NO_LABEL
     scores = scores or [record.get(name) for name in SCORES]
@@ -100,6 +101,7 @@ def read_ratings(scales: Scales, record: Record, images: Sequence[int], number: 
         if wrong := [value for value in ratings if not (low <= value <= high or math.isnan(value))]:
             raise UnusableRowError(f"{name} has the rating {wrong[0]:g}; expected numbers from {low:g} to {high:g}")
         columns.append(ratings)
+    # By image, the ratings of all columns
     return tuple(tuple(ratings[n] for ratings in columns) for n in images) if columns else ()
 
 

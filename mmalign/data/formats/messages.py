@@ -100,6 +100,7 @@ def placed_images(messages: Sequence[Message], column: tuple[Image, ...]) -> tup
     Raises:
         UnusableRowError: the numbers do not match.
     """
+    # The column has all of them, or those of the placeholders that bring no image
     places = [image for message in messages for image in message.images]
     if not any(places) or len(column) == len(places):
         return column
@@ -170,6 +171,7 @@ def _part(name: str, part: object) -> tuple[str, tuple[Image | None, ...]]:
 
 def _image(value: object) -> Image:
     """Return an image: a path, a data URI, bytes, or a record of one of them."""
+    # An image inside a record, such as {image_url: {url: ...}}
     if isinstance(value, Mapping) and isinstance(inner := _first(value, *_IMAGE_KEYS), Mapping):
         value = inner
     if isinstance(value, Mapping) and (data := _first(value, "bytes", "base64", "data")) is not None:

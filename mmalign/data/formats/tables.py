@@ -139,6 +139,7 @@ def _presence(array: Array) -> list[object]:
     present = array.is_valid().to_pylist()
     if not _is_struct(array.type):
         return [valid or None for valid in present]
+    # Structs have bytes, or else a path
     stored = array.field("bytes").is_valid().to_pylist()
     names = {array.type.field(n).name for n in range(array.type.num_fields)}
     paths = array.field("path").to_pylist() if "path" in names else [None] * len(array)

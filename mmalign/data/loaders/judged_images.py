@@ -73,6 +73,7 @@ class JudgedImageReader:
 
     def collate(self, pairs: Sequence[ImagePair], examples: Sequence[JudgedExample], weights: Tensor) -> JudgedImages:
         """Return the batch of these rows."""
+        # First the first image of every row, then the second; a row with fewer images repeats its first
         scores = pad_scores([example.scores for example in examples])
         sides = [
             torch.stack([x.images[side if side < len(x.images) else 0] for x in examples])

@@ -124,9 +124,11 @@ class ResponsePairReader:
         """Return the rows of all responses, and with the other images again the chosen one's."""
         responses = tokenize_all(self.processor, pair, views)
         other = _tokenize_with(self.processor, pair, pair.other_images, views)[0] if self.other_images else None
+        # Rendered here only to skip the row if the template refuses it
         if pair.hallucinated and (problem := self.processor.template_problem(pair.turns, [pair.hallucinated])):
             raise ValueError(problem)
         responses = [cut_tail(row, self.max_length) for row in responses]
+        # The chosen response has equally many tokens in both rows
         if other is not None:
             responses[0], other = _equal_lengths(responses[0], cut_tail(other, self.max_length))
         return responses, other

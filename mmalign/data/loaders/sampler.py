@@ -105,6 +105,7 @@ class EpochSampler:
         order: list[int] = torch.randperm(self.num_pairs, generator=Generator().manual_seed(seed)).tolist()
         if self.balance is None:
             return order
+        # Balanced within each size, whose places in the order stay
         by_shape = defaultdict[Hashable, list[int]](list)
         for number in order:
             by_shape[self._shape(number)].append(number)
