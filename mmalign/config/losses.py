@@ -247,6 +247,7 @@ class LossSum(Section):
     def _of_names(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or "terms" in value:
             return value
+        # A setting is a weight, or the options of the loss with its weight among them
         terms = []
         for name, setting in value.items():
             if not is_outside(name):

@@ -69,6 +69,7 @@ def parse_json(text: str | bytes) -> object:
         content = json.loads(text)
     except RecursionError:
         raise ValueError("its brackets are nested too deeply") from None
+    # Only texts with traces of halves are searched for one
     is_suspect = _SURROGATES.search(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     if is_suspect and (reason := broken_text(content)):
         raise ValueError(reason)

@@ -128,10 +128,12 @@ def one_sentence(problem: str, path: str | Path, mend: str) -> Iterator[None]:
 
 def _explain(error: BaseException, path: str | Path, mend: str) -> str:
     """Return "(reason); remedy" of an error of loading: the file that was refused or is damaged, else `mend`."""
+    # A refused file, whatever error a library has made of it
     causes = list(_causes(error))
     refused = next((cause for cause in causes if isinstance(cause, RefusedFileError)), None)
     if refused is not None:
         return f"({refused.reason}); {refused.remedy}"
+    # Messages of transformers and diffusers
     words = " ".join(map(str, causes))
     if "trust_remote_code" in words:
         return "({}); {}".format(*_CODE)
