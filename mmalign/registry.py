@@ -209,6 +209,7 @@ def user_function(
 
     @wraps(function)
     def call(row: Located, *others: object) -> Any:
+        # Code of others may raise anything
         try:
             value = function(row, *others)
         except Exception as error:

@@ -67,8 +67,8 @@ def last_checkpoint(recipe: Recipe, identity: dict[str, str]) -> checkpoint.Chec
     Raises:
         ValueError: a checkpoint is another run's or has more updates than the recipe asks for, or all are damaged.
     """
-    # The newest first: the run goes on from the first sound one
     steps, damaged = recipe.train.steps, list[checkpoint.DamagedCheckpointError]()
+    # The newest first: the run goes on from the first sound one
     for path in reversed(checkpoint.complete(Path(recipe.output))):
         try:
             saved = checkpoint.read(path, identity)

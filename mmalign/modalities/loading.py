@@ -158,6 +158,7 @@ def load_trained_policy(family: F, folder: Path) -> Policy[F]:
     """
     base = family.network
     net = family.load_trained(folder)
+    # Adapters are in the base network, and a fully trained network is another one
     return Policy(family, net, net, AdaptersOff() if net is base else FrozenCopy(base))
 
 

@@ -72,6 +72,7 @@ def load_family(model: Model, options: Loading) -> StepJudge:
     """
     assert isinstance(model, JudgeModel)
     vae = resolve_model(model.vae) if model.vae is not None else None
+    # Never trained, so that it needs no float32 masters
     frozen = replace(options, vae=vae, vae_dtype=DTYPES[model.vae_dtype], network_half=True)
     return step_judge.load(model.path, loading.load_family(resolve_model(model.denoiser), frozen), options)
 

@@ -261,6 +261,7 @@ def _page(entries: Sequence[GalleryEntry], layout: PageLayout, counts: Mapping[K
             "heading": heading,
             "anchor": anchor,
             "order": order,
+            # The number is that of all samples, while only entries have cards
             "number": counts[name],
             "cards": [_card(entries[index], index) for index in ranked(measured, name)],
         }

@@ -60,6 +60,7 @@ def render_samples(
         steps: updates of the whole run.
         is_over: true if no more outputs follow.
     """
+    # The base model first, then the newest updates
     columns = [("base", history.base)] if history.base else []
     columns += [(f"update {step:,}", outputs) for step, outputs in sorted(history.updates.items(), reverse=True)]
     shown = [None if image is None else data_uri(image) for image in images] or [None] * len(titles)

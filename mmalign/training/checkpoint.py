@@ -183,7 +183,7 @@ def read(path: Path, identity: Mapping[str, str] | None) -> Checkpoint:
         raise _unreadable(path, error) from error
     except ValueError as error:
         raise DamagedCheckpointError(f"{path}: is damaged ({_ABOUT}: {error})") from error
-    # Options of both identities, since a key may be new or gone
+    # Keys of both identities, since one may be new or gone
     identity = about.identity if identity is None else identity
     differs = [key for key in {**about.identity, **identity} if about.identity.get(key) != identity.get(key)]
     if differs:

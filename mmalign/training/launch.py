@@ -106,7 +106,7 @@ def _check_accelerate(options: Train) -> None:
 
 def _check_processes() -> None:
     """Refuse a launch that asked for more processes than it started, or than there are GPUs."""
-    # The environment of `accelerate launch` for several processes, without the rank that each would have
+    # The environment that `accelerate launch` gives several processes, without their number
     started = any(name in os.environ for name in SIZES)
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and not started:
         raise ValueError(

@@ -150,7 +150,7 @@ def _load(run: TrainingRun, saved: checkpoint.Checkpoint) -> None:
         ema.load(state["average"])
     for key, copy in run.policy.lagging.items():
         copy.load(state["lagging"][key])
-    # A run that changes to float16 begins with a fresh scaler
+    # Only float16 has a scaler of gradients
     if scaler is not None and "scaler" in state:
         scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["generator"])

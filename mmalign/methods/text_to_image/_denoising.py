@@ -84,6 +84,7 @@ def noise_clean(
 ) -> NoisedPairs:
     """Add noise to images of rows [B], the first of all rows first, with one noise per row."""
     x_0, t, number = images.x_0, images.t, len(images.x_0) // len(rows)
+    # One noise for all images of a row: [B, C, H, W] -> [KB, C, H, W]
     eps = rng.normal(rows, tuple(x_0.shape[1:]), "noise", index).to(x_0.device).repeat(number, 1, 1, 1)
     return NoisedPairs(schedule.add_noise(x_0, eps, t), t, schedule.target(x_0, eps, t), images.cond)
 

@@ -60,6 +60,7 @@ def predict_guided(family: TextToImage, net: nn.Module, x_t: Tensor, t: Tensor, 
     """
     if text.unconditional is None:
         return family.predict(net, x_t, t, text.cond).float()
+    # Both predictions in one pass: without the prompt, then with it
     conditioning = Conditioning.cat([text.unconditional, text.cond])
     without, with_prompt = family.predict(net, x_t.repeat(2, 1, 1, 1), t.repeat(2), conditioning).chunk(2)
     return apply_guidance(without, with_prompt, text.scale)
@@ -71,6 +72,7 @@ def decode_images(family: TextToImage, latents: Tensor) -> Tensor:
     Decoding all large images at once takes more memory than training. A chunk holds one image, or up to eight within
     one megapixel. On a CPU eight small images are a quarter faster than single ones; larger chunks are slower again.
     """
+    # The first image tells the size of all
     first = family.decode(latents[:1])
     at_once = min(8, max(1, 2**20 // (first.shape[-2] * first.shape[-1])))
     rest: tuple[Tensor, ...] = torch.split(latents[1:], at_once)

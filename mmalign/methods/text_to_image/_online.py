@@ -140,6 +140,7 @@ def start_latents(batch: EncodedPrompts, cfg: ImagesConfig, rng: KeyedRNG) -> Te
 
 def judge_latents(family: TextToImage, batch: EncodedPrompts, x: Tensor) -> Generated:
     """Judge the images of latents [K, B, C, H, W] in one call."""
+    # [KB] -> [B, K]
     rewards = judge_images(family, batch, x.flatten(0, 1)).view(len(x), -1).T
     summary = summarize_rewards(rewards, batch.weights > 0)
     return Generated(x, rewards, batch.weights * informative(rewards), summary)
@@ -147,6 +148,7 @@ def judge_latents(family: TextToImage, batch: EncodedPrompts, x: Tensor) -> Gene
 
 def noise_images(family: TextToImage, batch: EncodedPrompts, x_0: Tensor, rng: KeyedRNG, index: int) -> NoisedPairs:
     """Add noise to images [K, B, C, H, W] of the prompts, with one time and one noise per prompt."""
+    # One time for all images of a prompt: [B] -> [KB]
     t = family.schedule.draw_time(batch.rows, rng, index).to(x_0.device).repeat(len(x_0))
     clean = CleanPairs(x_0.flatten(0, 1), t, family.condition(batch.text, batch.sizes))
     return noise_clean(family.schedule, clean, batch.rows, rng, index)

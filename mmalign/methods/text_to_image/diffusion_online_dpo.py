@@ -47,6 +47,7 @@ def requirements(cfg: Config) -> Requirements:
 def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Generate the images of a batch; return contrasts of the best and the worst, one noising after another."""
     generated, contrasts, family = generate(policy, batch, cfg.generation, rng), list[Contrast](), policy.family
+    # The best and the worst image of each prompt [2, B, C, H, W]
     everyone = torch.arange(len(batch.rows), device=generated.rewards.device)
     ends = generated.latents[torch.stack([generated.rewards.argmax(1), generated.rewards.argmin(1)]), everyone]
     for index in range(cfg.generation.noisings):

@@ -100,6 +100,7 @@ def answer(
             "method.reference: a moving reference writes no answers with the policy under train.sharding: fsdp2; "
             "leave out method.reference, method.mixture, or the sharding"
         )
+    # Random numbers of their own for answer k to question b
     keys = [stable_hash(str(row), str(k)) for k in range(cfg.answers) for row in batch.rows]
     other, prompts = Mixture(policy.on_reference, mixture) if mixture else None, list(batch.tokens.rows) * cfg.answers
     with contextlib.ExitStack() as whole:  # processes generate answers of unequal length

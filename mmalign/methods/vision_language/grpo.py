@@ -98,6 +98,7 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
         each = sums.mean(0) / cfg.generation.max_new_tokens
     else:
         each = (sums / tokens).mean(0)
+    # Means over the tokens of an answer, then over answers
     means = {name: (scores.total(x.detach(), mask).view(-1, number) / tokens).mean(0) for name, x in metrics.items()}
     return Step(each, weights, {"loss": each.detach(), **means}, contrast.summary)
 

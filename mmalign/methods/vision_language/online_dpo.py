@@ -68,6 +68,7 @@ def _reference_scores(policy: Policy[VisionLanguage], batch: EncodedResponses, c
     scores = policy.on_reference(score)
     if not cfg.base_share or scores is None:
         return scores
+    # The same reference before any update has moved it
     base = policy.against_base().on_reference(score)
     assert base is not None, "a reference that moves begins as one that stays"
     return {view: cfg.base_share * base[view] + (1 - cfg.base_share) * scores[view] for view in scores}

@@ -77,6 +77,7 @@ def requirements(cfg: Config) -> Requirements:
 def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
     """Return one contrast: the pairs, with the likeliest tokens under a noisy image."""
     if batch.precomputed is not None:
+        # Scores, beside the noisy tokens
         precomputed = dict(batch.precomputed)
         return [Contrast(batch, _fitted(precomputed.pop(TOKENS), batch), precomputed)]
     family, mean = policy.family, cfg.mean

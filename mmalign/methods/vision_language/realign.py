@@ -50,6 +50,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     assert batch.other_images is not None, "realign needs other images"
     whole = replace(batch, tokens=Tokens.cat([batch.tokens, batch.other_images]))
 
+    # Each network scores its own competitors of the written tokens
     def score(net: nn.Module) -> Scores:
         targets = scored_tokens(policy.family, net, whole, cfg)
         return response_scores(policy.family, net, whole, views=VIEWS, mean=cfg.mean, targets=targets)

@@ -68,6 +68,7 @@ def token_weights(tokens: Tokens, gamma: float, min_block: int, *, insertions: b
         for ids, start, changed, place in zip(
             (chosen_ids, rejected_ids), starts, places, (row, row + pairs), strict=True
         ):
+            # Positions are those in the aligned part, which begins before the response
             prompt = ids.start - start
             weights[place, [token - prompt for token in changed if token >= prompt]] = gamma
     return weights.to(tokens.ids.device)

@@ -60,6 +60,7 @@ def encode_example(family: TextToImage, recipe: Recipe, needs: Requirements, spl
         caches["text"] = _num_bytes(text) * number
         leaving = [name for name, _ in family.encoders() if name != "vae"]
         if data.crop == "center" and not needs.generates:
+            # Each image of a row and its source, also mirrored
             images = (outputs + (source is not None)) * (1 + data.flip) * _num_pairs(splits)
             caches["latents"] = 2 * BYTES * latents.mean[0].numel() * images  # means and deviations
             leaving += [] if needs.vae_decoder else ["vae"]

@@ -64,6 +64,7 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
         combine=section.combine,
         scores=unfinished(path) / "scores",
     )
+    # The images of a prompt are adjacent
     repeated = [prompt for prompt in _requested_prompts(section) for _ in range(section.images_per_prompt)]
     prompts, sources = [prompt.text for prompt in repeated], sources_of(repeated)
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]

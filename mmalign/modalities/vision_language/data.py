@@ -106,6 +106,7 @@ def build_data_module(
             f"method.generation.max_new_tokens: {needs.new_tokens:,} leaves no room for a prompt in {longest:,} tokens "
             "(the model's limit, or data.max_length); lower it"
         )
+    # What the method generates needs room after the prompt
     prompts = longest - needs.new_tokens
     reader = ResponsePairReader(family.processor, prompts, needs.decoded_images, needs.other_images, features)
     loaders = open_loaders(

@@ -41,5 +41,6 @@ def _evaluation(recipe: Recipe) -> EvaluationInputs | NotChecked:
         benchmark = read_benchmark(section)
     except ValueError as error:
         return NotChecked(str(error))
+    # Each image once, however many questions ask about it
     names = dict.fromkeys(question.image for question in benchmark.questions)
     return EvaluationInputs(images=[(name, partial(benchmark.images, name)) for name in names])

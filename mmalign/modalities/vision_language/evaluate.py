@@ -61,6 +61,7 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
         return implicit_reward_benchmark(recipe, splits, implicit_reward.response_scores)
     benchmark, scores = read_benchmark(section), _folder(recipe, section) / "scores"
 
+    # Both judges store their scores beside the answers
     def load(reward: Rewards, combine: Combine) -> ResponseJudge:
         allow_pickle = recipe.allow_pickle
         return loading.build_response_judge(reward, device, allow_pickle=allow_pickle, combine=combine, scores=scores)
@@ -162,6 +163,7 @@ def _choose(
     scores = judge_answers(benchmark, candidates, judge)
     chosen = dict[int, AnswersByPart]()
     for n in numbers:
+        # The best candidate of each item, part by part
         best = iter(best_of.best_candidates([_flat(parts) for parts in scores], n))
         chosen[n] = {
             part: [candidates[next(best)][part][index] for index in range(len(items))]
@@ -198,6 +200,7 @@ def _metrics(
     """Return the metrics of answers, and the win rate over the base model's if a judge scored both."""
     metrics = benchmark.score(answers)
     if judged is not None and base is not None:
+        # Answers about one image depend on each other
         questions = [(part, item.question) for part, items in benchmark.parts.items() for item in items]
         keys = tuple((part, str(question.id)) for part, question in questions)
         groups = tuple(question.image for _, question in questions)

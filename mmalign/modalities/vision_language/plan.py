@@ -64,6 +64,7 @@ def encode_example(family: VisionLanguage, recipe: Recipe, needs: Requirements, 
         # All pairs have images of the examples' average size
         number = sum(len(part) for part in splits or () if part is not None)
         caches["features"] = int(number * each * sum(len(view.ids) for view in views) / len(examples))
+    # Cached features replace the encoders, unless training changes images
     leaving = [name for name, _ in family.encoders()] if cached and not needs.vision_tower else []
     return Example(batch, caches, leaving, f"rows of {_length(examples[0][1]):,} tokens")
 
