@@ -135,11 +135,9 @@ def train(
                     after_update(progress, metrics)
                     if progress.step == steps:
                         return progress
-                    # The callback's saving and evaluation are not counted
-                    since = clock()
+                    since = clock()  # the callback's saving and evaluation are not counted
             window.end_batch(progress, hint, updated=progress.step > before)
-        # Only an epoch that began with its first batch can be said to teach nothing
-        window.end_epoch(progress, hint, whole=first == 0)
+        window.end_epoch(progress, hint, whole=first == 0)  # a part of an epoch proves nothing
         progress.epoch, progress.batch = progress.epoch + 1, 0
     return progress
 
