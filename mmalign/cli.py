@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from mmalign.commands._group import Commands, print_error
+from mmalign.commands._group import Commands, print_error, shows_tracebacks
 from mmalign.console import error_message
 
 if TYPE_CHECKING:
@@ -297,6 +297,8 @@ def doctor(
             html=html,
         )
     except (ValueError, OSError) as error:
+        if shows_tracebacks():
+            raise
         print_error(f"error: {error_message(error)}")
         raise SystemExit(2) from None
     raise typer.Exit(code or 0)

@@ -279,9 +279,10 @@ def test_what_is_not_the_users_mistake_keeps_its_traceback(recipe: Path, monkeyp
     assert isinstance(result.exception, AssertionError)
 
 
-def test_a_traceback_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["train", "doctor"])
+def test_a_traceback_can_be_had(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMALIGN_TRACEBACK", "1")
-    result = CliRunner().invoke(cli.app, ["train", "nothing.yaml"])
+    result = CliRunner().invoke(cli.app, [command, "nothing.yaml"])
     assert isinstance(result.exception, ValueError) and not isinstance(result.exception, typer.Exit)
 
 

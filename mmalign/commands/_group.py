@@ -33,10 +33,15 @@ class Commands(TyperGroup):
                 raise SystemExit(error.code) from None
             # Bugs keep their traceback, and click ends quietly for a closed pipe
             is_expected = isinstance(error, ValueError | OSError | FloatingPointError | CheckpointError)
-            if not is_expected or isinstance(error, BrokenPipeError) or os.environ.get("MMALIGN_TRACEBACK"):
+            if not is_expected or isinstance(error, BrokenPipeError) or shows_tracebacks():
                 raise
             print_error(f"error: {error_message(error)}")
             raise SystemExit(1) from None
+
+
+def shows_tracebacks() -> bool:
+    """Return whether MMALIGN_TRACEBACK=1 asks for the traceback of an expected error."""
+    return bool(os.environ.get("MMALIGN_TRACEBACK"))
 
 
 def print_error(text: str) -> None:

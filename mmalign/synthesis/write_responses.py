@@ -87,14 +87,13 @@ def write_parquet(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    writer = None
     rest = iter(rows)
-    while group := list(islice(rest, GROUP)):
-        table = pa.Table.from_pylist(group, schema=writer and writer.schema)
-        writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
+    table = pa.Table.from_pylist(list(islice(rest, GROUP)))
+    assert len(table), "there are pairs"
+    with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
         writer.write_table(table)
-    assert writer is not None, "there are pairs"
-    writer.close()
+        while group := list(islice(rest, GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=table.schema))
 
 
 def _packed(pair: SynthesizedPair) -> dict[str, object]:

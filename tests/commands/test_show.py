@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.show import show
 from mmalign.families.loading import load_processor
+from mmalign.modalities.vision_language.doctor import doctor_inputs
 from tests.helpers import Folders, data_files
 from tests.helpers.runs import pictures, responses
 
@@ -88,6 +90,20 @@ def test_prompts_alone_are_listed(tiny_sd15: Path, tiny_clip: Path, tmp_path: Pa
     view = show(load_recipe(pictures(tiny_sd15, tmp_path, "out", method=method)), number=1)
     assert [example.sides for example in view.examples] == [()]
     assert view.examples[0].title.startswith("thing number ")
+
+
+def test_prompts_without_room_for_an_answer_are_shown_as_skipped(vlm_folders: Folders, tmp_path: Path) -> None:
+    """Training skips them, and the doctor checks against the same limit."""
+    reward = {"name": "function", "path": "tests.helpers.judging:letters"}
+    method = {"name": "grpo", "reward": reward, "generation": {"answers": 2, "max_new_tokens": 9}}
+    content = responses(vlm_folders("llava"), tmp_path, "out", method=method)
+    sides = [side for example in show(load_recipe(content), number=8).examples for side in example.sides]
+    longest = max(int(side.note.split(" tokens")[0]) for side in sides)
+    enough, scarce = (load_recipe(content, [f"data.max_length={longest + number}"]) for number in (10, 9))
+    assert not any(example.skipped for example in show(enough, number=8).examples)
+    assert any(example.skipped for example in show(scarce, number=8).examples)
+    tokens: Any = doctor_inputs(scarce).tokens
+    assert tokens.max_length == longest
 
 
 @pytest.mark.parametrize("number", [0, 99])

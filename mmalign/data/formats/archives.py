@@ -40,7 +40,11 @@ def archive_rows(file: Path) -> Iterator[SourceRow | SkippedRow]:
                 record = dict[str, object]()
                 try:
                     for member in row_members:
-                        record |= _values(file, archive, member)
+                        values = _values(file, archive, member)
+                        for name in record.keys() & values.keys():
+                            if record[name] != values[name]:
+                                raise UnusableRowError(f"has two members for {name}; remove one")
+                        record |= values
                     yield SourceRow(location, record, (file.parent,))
                 except UnusableRowError as error:  # groupby goes on with the next key
                     yield SkippedRow(location, str(error), error.defect)

@@ -11,6 +11,7 @@ import math
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -174,25 +175,29 @@ def _csv_rows(file: Path, kind: str) -> Iterator[Located]:
     with _open(file) as stream:
         # Bytes that are not UTF-8 become lone surrogates, so that only their row is dropped
         texts = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-        first = texts.readline()
+        lines = _bounded(texts, file)
+        first = next(lines, "")
         delimiter = "\t" if kind == ".tsv" else max(",;\t|", key=first.count)
-        # Columns, of whose names each may occur once
-        header = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+        # Columns, of whose names each may occur once; a quoted name may have several lines
+        try:
+            header = [name.strip() for name in next(rows, [])]
+        except csv.Error as error:
+            raise ValueError(f"{file} does not begin with the names of its columns ({error}); write them") from error
         if len(set(header)) < len(header):
             raise ValueError(f"{file} names a column twice in its first line ({listed(header)}); rename one")
-        rows = csv.reader(_bounded(texts, file), delimiter=delimiter, strict=True)
         # A broken row is yielded as skipped, and the reader goes on after it
         while True:
             try:
                 fields = next(rows, None)
             except csv.Error as error:
-                location = f"{file.name}: line {rows.line_num + 1}"
+                location = f"{file.name}: line {rows.line_num}"
                 yield location, SkippedRow(location, f"is not a row of CSV ({error})")
                 continue
             if fields is None:
                 return
             # The number of the row's last line in the file
-            location = f"{file.name}: line {rows.line_num + 1}"
+            location = f"{file.name}: line {rows.line_num}"
             if any(fields):
                 yield location, _csv_record(location, header, fields)
 

@@ -69,7 +69,12 @@ def side_rows(folder: Path) -> Iterator[SourceRow | SkippedRow]:
             reason = f"has no image in {missing[0]}/; both need the same name (for method diffusion_kto they do not)"
             yield SkippedRow(location, reason, "missing image")
             continue
-        files = [by_name[name] for by_name in images]
+        several = next((files for files in (by_name[name] for by_name in images) if len(files) > 1), None)
+        if several is not None:
+            names = " and ".join(file.relative_to(folder).as_posix() for file in several)
+            yield SkippedRow(location, f"has {names}; keep one")
+            continue
+        files = [by_name[name][0] for by_name in images]
         try:
             texts = [_caption(file, folder, name, captions) for file in files]
         except ValueError as error:
@@ -93,8 +98,8 @@ def thumb_rows(folder: Path) -> Iterator[SourceRow | SkippedRow]:
     captions = _captions(folder, sides)
     for side, label in zip(sides, (True, False), strict=True):
         # Better images are liked, worse ones are not; names need no partner
-        for name, file in _images(side).items():
-            location = f"{folder.name}: {side.name}/{name}"
+        for name, file in ((name, file) for name, files in _images(side).items() for file in files):
+            location = f"{folder.name}: {side.name}/{name}{file.suffix}"
             try:
                 prompt = _caption(file, folder, name, captions)
             except ValueError as error:
@@ -107,10 +112,13 @@ def thumb_rows(folder: Path) -> Iterator[SourceRow | SkippedRow]:
             yield SourceRow(location, {"prompt": prompt, "image": image, "label": label}, (folder,))
 
 
-def _images(side: Path) -> dict[str, Path]:
-    """Return the images of a folder by their path without suffix."""
-    files = (file for file in sorted(side.rglob("*")) if file.suffix.lower() in SUFFIXES)
-    return {file.relative_to(side).with_suffix("").as_posix(): file for file in files}
+def _images(side: Path) -> dict[str, list[Path]]:
+    """Return the images of a folder by their path without suffix, which several may share."""
+    images = dict[str, list[Path]]()
+    for file in sorted(side.rglob("*")):
+        if file.suffix.lower() in SUFFIXES:
+            images.setdefault(file.relative_to(side).with_suffix("").as_posix(), []).append(file)
+    return images
 
 
 def _caption(image: Path, folder: Path, name: str, captions: Mapping[str, str]) -> str:

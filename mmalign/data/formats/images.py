@@ -123,11 +123,8 @@ def open_pairs(
     source, layout = open_layout(known, format, path, split=split, columns=columns, group_by=group_by)
     if sources == "optional" and layout.column(SOURCE) in source.columns:  # then every row has to have one
         layout = replace(layout, required=(*layout.required, SOURCE))
-    # Ratings are lists with a number for each image of the row
-    if layout.name == SCORES.name and attributes:
-        raise ValueError("model.attributes: the layout scores has one image a row; expected rows of pairs or rankings")
     if attributes:
-        layout = replace(layout, required=(*layout.required, *attributes))
+        layout = _with_ratings(layout, attributes)
         layout.check_columns(path, source.columns, group_by)
     taken = layout.describe() if format == AUTO else ""
     # Only the needed columns are read from a table
@@ -144,6 +141,17 @@ def open_pairs(
     pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied, taken, unread)
     pairs.require(_expected(layout, prompt_pairs))
     return pairs[:limit] if limit is not None else pairs
+
+
+def _with_ratings(layout: Layout[Parsed], attributes: Scales) -> Layout[Parsed]:
+    """Return a layout that also needs the columns of ratings, which are lists with a number for each image of a row.
+
+    Raises:
+        ValueError: the layout has one image a row.
+    """
+    if layout.name == SCORES.name:
+        raise ValueError("model.attributes: the layout scores has one image a row; expected rows of pairs or rankings")
+    return replace(layout, required=(*layout.required, *attributes))
 
 
 def _expected(layout: Layout[Parsed], prompt_pairs: str | None) -> str:

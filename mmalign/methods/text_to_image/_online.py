@@ -84,7 +84,7 @@ class Errors:
         policy: the policy's error.
         old: the error of the policy that generated the images.
         shift: its difference to that policy's prediction.
-        reference: the error of the reference; 0 without one.
+        reference: the error of the reference; the policy's without one.
         drift: its difference to the reference's prediction; 0 without one.
     """
 

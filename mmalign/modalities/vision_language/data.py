@@ -21,6 +21,7 @@ from mmalign.data.splits import split
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements
 from mmalign.modalities import loading
+from mmalign.modalities.vision_language.model import token_limit
 from mmalign.resources import locate
 from mmalign.rewards import ResponseJudge
 
@@ -87,7 +88,7 @@ def build_data_module(
     """
     data, seed = recipe.data, recipe.train.seed
     assert isinstance(data, ResponseData)
-    longest = min(family.processor.max_length, data.max_length or family.processor.max_length)
+    longest = token_limit(family.processor, data)
     # Caches of image features and of precomputed values
     precompute_cache = features = None
     if data.cache != "off":

@@ -6,9 +6,9 @@ from functools import partial
 
 from mmalign.config import EvaluateResponses, Recipe, ResponseData, ResponseModel
 from mmalign.doctor.corpus import EvaluationInputs, NotChecked, RecipeInputs, ResponseTokens
-from mmalign.families.loading import load_processor
-from mmalign.modalities.loading import disable_progress_bars, find_local
+from mmalign.methods import requirements_of
 from mmalign.modalities.vision_language.benchmark import read_benchmark
+from mmalign.modalities.vision_language.model import load_local_processor, token_limit
 
 
 def doctor_inputs(recipe: Recipe) -> RecipeInputs:
@@ -18,14 +18,12 @@ def doctor_inputs(recipe: Recipe) -> RecipeInputs:
 
 def _tokens(recipe: Recipe) -> ResponseTokens | NotChecked:
     assert isinstance(recipe.data, ResponseData) and isinstance(recipe.model, ResponseModel)
-    model = recipe.model
     try:
-        disable_progress_bars()
-        folder = find_local(model.path, model.revision)
-        processor = load_processor(folder, model.revision, model.template_arguments)
+        processor = load_local_processor(recipe.model)
     except ValueError as error:
         return NotChecked(str(error))
-    return ResponseTokens(processor, min(processor.max_length, recipe.data.max_length or processor.max_length))
+    # What the method generates needs room after the prompt
+    return ResponseTokens(processor, token_limit(processor, recipe.data) - requirements_of(recipe.method).new_tokens)
 
 
 def _evaluation(recipe: Recipe) -> EvaluationInputs | NotChecked:

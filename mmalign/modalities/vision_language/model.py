@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from mmalign.config import Model, ResponseModel
+from mmalign.config import Model, ResponseData, ResponseModel
 from mmalign.families import loading
-from mmalign.families.base import VisionLanguage
+from mmalign.families.base import PromptProcessor, VisionLanguage
 from mmalign.families.stored import check_variant
 from mmalign.families.types import Loading
+from mmalign.modalities.loading import disable_progress_bars, find_local
 from mmalign.modalities.prompts import located
 from mmalign.registry import import_callable
 from mmalign.resources import resolve_model
@@ -40,6 +41,22 @@ def load_family(model: Model, options: Loading) -> VisionLanguage:
     assert isinstance(model, ResponseModel)
     options = replace(options, template_arguments=model.template_arguments)
     return loading.load_vision_language(resolve_model(model.path), options, model.family)
+
+
+def load_local_processor(model: ResponseModel) -> PromptProcessor:
+    """Load the tokenizer and image preprocessor that the model is trained with.
+
+    Raises:
+        ValueError: they are not on this machine.
+    """
+    disable_progress_bars()
+    folder = find_local(model.path, model.revision)
+    return loading.load_processor(folder, model.revision, model.template_arguments)
+
+
+def token_limit(processor: PromptProcessor, data: ResponseData) -> int:
+    """Return the most tokens of a row: the model's limit, or a lower one of the recipe."""
+    return min(processor.max_length, data.max_length or processor.max_length)
 
 
 def template_arguments(model: Model) -> dict[str, str]:

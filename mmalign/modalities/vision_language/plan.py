@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle, islice
@@ -21,6 +20,7 @@ from mmalign.language.chat import Turn
 from mmalign.language.tokens import cut_tail
 from mmalign.methods import Requirements
 from mmalign.modalities import Example, loading
+from mmalign.modalities.vision_language.model import token_limit
 
 NUM_READ = 32  # pairs, evenly spaced; the longest ones make the batch
 SIDE, WORDS = 672, 200  # of the image and of each response, where the pairs are not at hand
@@ -34,7 +34,7 @@ def encode_example(family: VisionLanguage, recipe: Recipe, needs: Requirements, 
     """
     data = recipe.data
     assert isinstance(data, ResponseData)
-    longest = min(family.processor.max_length, data.max_length or sys.maxsize)
+    longest = token_limit(family.processor, data)
     reader = ResponsePairReader(family.processor, longest, needs.decoded_images, needs.other_images)
     # Pairs at hand, or one of usual sizes; responses that are generated are as long as allowed
     pairs = list(_usual_pairs(needs) if splits is None else _spaced(splits[0]))

@@ -6,16 +6,15 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from mmalign.config import Recipe, ResponseData
+from mmalign.config import Recipe, ResponseData, ResponseModel
 from mmalign.data.data_module import Splits
 from mmalign.data.loaders.response_pairs import ResponseExample, ResponsePairReader
 from mmalign.data.loaders.sampler import Balance, EpochSampler
 from mmalign.data.pairs import ResponsePair, output_names
 from mmalign.families.base import PromptProcessor
-from mmalign.families.loading import load_processor
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.methods import requirements_of
-from mmalign.modalities.loading import disable_progress_bars, find_local
+from mmalign.modalities.vision_language.model import load_local_processor, token_limit
 from mmalign.pages.examples import DataView, ExampleSide, TextSpan, TrainingExample
 
 PROMPT = "prompt"  # name of a row without a response
@@ -29,10 +28,10 @@ def show(recipe: Recipe, splits: Splits, number: int) -> DataView:
         ValueError: the tokenizer is not on this machine.
     """
     data, needs, train = recipe.data, requirements_of(recipe.method), splits[0]
-    assert isinstance(data, ResponseData)
-    disable_progress_bars()
-    processor = load_processor(find_local(recipe.model.path, recipe.model.revision), recipe.model.revision)
-    longest = min(processor.max_length, data.max_length or processor.max_length)
+    assert isinstance(data, ResponseData) and isinstance(recipe.model, ResponseModel)
+    processor = load_local_processor(recipe.model)
+    # What the method generates needs room after the prompt
+    longest = token_limit(processor, data) - needs.new_tokens
     reader = ResponsePairReader(processor, longest, decoded_images=True, other_images=needs.other_images)
     # Numbers of evenly spaced pairs, and as examples the first of the first epoch
     measured = [reader.read(train[n], 0) for n in range(0, len(train), max(1, len(train) // NUM_MEASURED))]

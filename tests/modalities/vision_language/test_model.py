@@ -9,6 +9,7 @@ import torch
 
 from mmalign.commands import _resume
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.show import show
 from mmalign.data.caches.image_features import tokenizer_dependencies
 from mmalign.data.formats.responses import open_responses
 from mmalign.language.chat import Turn
@@ -45,6 +46,10 @@ def test_template_arguments_reach_every_command(content: dict[str, Any]) -> None
     assert identities[1].items() - identities[0].items() == {("model.template_arguments.enable_thinking", "False")}
     tokens: Any = doctor_inputs(plain).tokens
     assert tokens.processor.template_arguments == {"enable_thinking": False}
+    for recipe, prompt in zip((thinking, plain), prompts, strict=True):
+        chosen = show(recipe, number=1).examples[0].sides[0]
+        shown = "".join(span.text for span in chosen.text if not span.scored)
+        assert prompt.rpartition("assistant")[2] in shown and ("</think>" in shown) == ("</think>" in prompt)
 
 
 def test_a_variable_that_the_template_does_not_have_is_refused(content: dict[str, Any]) -> None:
