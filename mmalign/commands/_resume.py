@@ -46,7 +46,7 @@ def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes
         **modality_of(recipe).model_dependencies(recipe.model),
         "model": fingerprint.fingerprint_weights(family.network),
         "method": recipe.method.name,
-        "tune": adapters if recipe.model.tune == "lora" else "full",
+        "tune": adapters if recipe.model.tune == "lora" else recipe.model.tune,
         **({"adapter": fingerprint.fingerprint_folder(resolve_model(adapter.path))} if adapter is not None else {}),
         **data,
         "pairs": fingerprint_pairs(pairs),

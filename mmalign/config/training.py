@@ -65,7 +65,9 @@ class Model(Section):
     family: str | None = Field(
         None, description="family from outside, as module:function (docs/extending.md); default: by the checkpoint"
     )
-    tune: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights of the network")
+    tune: Literal["lora", "full", "annotators"] = Field(
+        "lora", description="low-rank adapters, or all weights of the network"
+    )
     lora: Lora = Lora()
     quantize: Literal["int8", "nf4", "fp8"] | None = Field(
         None, description="weights of the frozen base under adapters, in 8 or 4 bits (docs/one_gpu.md); default: none"
@@ -97,6 +99,7 @@ class ImageModel(Model):
     """Settings of a text-to-image model."""
 
     path: str = Field(description="diffusers pipeline: a folder, a Hub id, or a single file of weights")
+    tune: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights of the network")
     config: str | None = Field(
         None, description="for a single file, a folder or Hub id of a pipeline with the same layout"
     )
@@ -112,6 +115,7 @@ class ImageModel(Model):
 class ResponseModel(Model):
     """Settings of a vision-language model."""
 
+    tune: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights of the network")
     template_arguments: dict[str, bool | int | float | str] = Field(
         {}, description="variables of the model's chat template, such as {enable_thinking: false}"
     )
@@ -159,7 +163,11 @@ class ImageJudgeModel(Model):
     """Settings of a judge of images: a CLIP to start from."""
 
     path: str = Field(description="CLIP of open_clip or transformers to start from: a folder or a Hub id")
-    tune: Literal["lora", "full"] = Field("full", description="low-rank adapters, or all weights of both towers")
+    tune: Literal["lora", "full", "annotators"] = Field(
+        "full",
+        description="low-rank adapters, or all weights of both towers; annotators adds people to a judge trained with "
+        "`annotators`, and trains their shares alone",
+    )
     head: Literal["linear"] | None = Field(
         None,
         description="linear trains the last linear layer of both towers and the scale alone, on features that are "
@@ -176,6 +184,16 @@ class ImageJudgeModel(Model):
         None,
         description="learn the taste of each annotator of the data (PAL); {} takes the defaults; default: one judge",
     )
+
+    @model_validator(mode="after")
+    def _keeps_the_judge(self) -> ImageJudgeModel:
+        given = list(self.model_dump(include={"head", "weights", "attributes", "lora"}, exclude_defaults=True))
+        if self.tune == "annotators" and given:
+            raise ValueError(
+                f"{given[0]}: tune: annotators keeps all that the judge has, and trains the shares of new annotators "
+                f"alone; leave {given[0]} out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _takes(self) -> ImageJudgeModel:

@@ -28,6 +28,7 @@ from mmalign.families import lora
 from mmalign.families.types import Loading, LoraSettings
 from mmalign.policy.sharding import ShardPlan
 from mmalign.reading.weights import tensors_only
+from mmalign.resources import resolve_model
 from mmalign.rewards import _clip_files, open_clip
 from mmalign.rewards._annotators import UNKNOWN, AnnotatorMixture, Form, load_mixture
 from mmalign.rewards._attributes import AttributeHeads, Scales, load_heads
@@ -129,23 +130,30 @@ class ClipScorer(nn.Module):
         inject_adapter_in_model(config, self, adapter_name=lora.TRAINED)
 
     @property
+    def known_towers(self) -> tuple[VisionTransformer, CLIP | TextTransformer] | None:
+        """The towers for images and for text, if each ends in a linear layer that is known."""
+        from open_clip import CLIP, CustomTextCLIP
+        from open_clip.transformer import TextTransformer, VisionTransformer
+
+        vision, text = self.clip.visual, self.clip.text if isinstance(self.clip, CustomTextCLIP) else self.clip
+        known = isinstance(vision, VisionTransformer) and isinstance(text, CLIP | TextTransformer)
+        return (vision, text) if known and vision.proj is not None and text.text_projection is not None else None
+
+    @property
     def _towers(self) -> tuple[VisionTransformer, CLIP | TextTransformer]:
         """The towers for images and for text, each of which ends in a linear layer.
 
         Raises:
             ValueError: they do not.
         """
-        from open_clip import CLIP, CustomTextCLIP
-        from open_clip.transformer import TextTransformer, VisionTransformer
-
-        vision, text = self.clip.visual, self.clip.text if isinstance(self.clip, CustomTextCLIP) else self.clip
-        known = isinstance(vision, VisionTransformer) and isinstance(text, CLIP | TextTransformer)
-        if not known or vision.proj is None or text.text_projection is None:
+        towers = self.known_towers
+        if towers is None:
+            image, text = (type(part).__name__ for part in (self.clip.visual, self.clip))
             raise ValueError(
-                f"model.head: the towers {type(vision).__name__} and {type(text).__name__} end in no linear layer that "
-                "is known; leave head out, or use tune: lora"
+                f"model.head: the towers {image} and {text} end in no linear layer that is known; leave head out, or "
+                "use tune: lora"
             )
-        return vision, text
+        return towers
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,8 @@ class ImageJudge:
         parts: the CLIP with its preprocessing, tokenizer and config.
         network: the CLIP as a network that scores.
         loading: the network's device, and the dtype of its autocast.
-        head_only: only the last linear layers are trained.
+        head_only: nothing before the last linear layers is trained.
+        shares_only: only the shares of added annotators are trained.
     """
 
     name: str
@@ -165,6 +174,7 @@ class ImageJudge:
     network: ClipScorer
     loading: Loading
     head_only: bool = False
+    shares_only: bool = False
 
     @property
     def default_lora_targets(self) -> Sequence[str]:
@@ -199,6 +209,11 @@ class ImageJudge:
         mixture = AnnotatorMixture(names, _width(self.network.clip), prototypes=prototypes, form=form, seed=seed)
         self.network.annotators = mixture.to(self.loading.device)
 
+    def extend_annotators(self, names: Sequence[str]) -> None:
+        """Add annotators to the judge's mixture, who begin with the mean taste."""
+        assert self.network.annotators is not None
+        self.network.annotators = self.network.annotators.extended(names)
+
     def continue_adapter(self, path: str) -> None:
         """Refuse adapters.
 
@@ -208,7 +223,12 @@ class ImageJudge:
         raise ValueError("model.adapter: a trained judge is a whole CLIP; name its folder as model.path")
 
     def unfreeze(self) -> None:
-        """Unfreeze both towers and the scale, or the last linear layers and the scale."""
+        """Unfreeze both towers and the scale, the last linear layers and the scale, or the added annotators' shares."""
+        if self.shares_only:
+            mixture = self.network.annotators
+            assert mixture is not None and mixture.added is not None
+            mixture.added.requires_grad_(True)
+            return
         if self.head_only:
             for parameter in self.network.head():
                 parameter.requires_grad_(True)
@@ -342,9 +362,12 @@ def load(
     *,
     head_only: bool = False,
     random: bool = False,
+    shares_only: bool = False,
     attributes: Scales = MappingProxyType({}),
 ) -> ImageJudge:
     """Load a CLIP to train: of open_clip or transformers, with its weights or with random ones, and new heads.
+
+    With `shares_only` it is a trained judge, which keeps its attributes and its mixture.
 
     Raises:
         ValueError: the path has neither, a tower has batch normalization, or `head_only` and no known last layer.
@@ -356,12 +379,16 @@ def load(
             f"model.path: the vision tower of {path} has batch normalization, whose running statistics are no weights; "
             "expected a vision transformer, such as ViT-B-32's"
         )
-    heads = AttributeHeads(attributes, _width(parts.model)) if attributes else None
-    network = ClipScorer(parts.model.float(), heads).requires_grad_(False).eval().to(loading.device)
+    heads, mixture = AttributeHeads(attributes, _width(parts.model)) if attributes else None, None
+    if shares_only:
+        folder = Path(resolve_model(path))
+        heads, mixture = load_heads(folder), load_mixture(folder)
+    network = ClipScorer(parts.model.float(), heads, mixture).requires_grad_(False).eval().to(loading.device)
     # Raises now for a tower without a known last layer, not when training begins
     if head_only:
         network.head()
-    return ImageJudge(path, parts, network, loading, head_only)
+    on_features = head_only or (shares_only and network.known_towers is not None)
+    return ImageJudge(path, parts, network, loading, on_features, shares_only)
 
 
 @torch.no_grad()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,12 +19,11 @@ from mmalign.data.caches.array_cache import ArrayCache, cache_folder
 from mmalign.data.caches.fill import fill
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
-from mmalign.data.formats.files import listed
 from mmalign.data.images import BadImage, decode
 from mmalign.data.loaders.batches import JudgedImages
 from mmalign.data.loaders.judged_images import JudgedImageReader, encode_features
 from mmalign.data.loaders.sampler import EpochSampler
-from mmalign.data.pairs import ImagePair, Pairs, output_names, stable_hash
+from mmalign.data.pairs import ImagePair, output_names, stable_hash
 from mmalign.doctor.corpus import NotChecked, RecipeInputs
 from mmalign.evaluation.benchmarks import judge, judge_annotators, judge_attributes
 from mmalign.evaluation.judged_rows import judge_rows
@@ -34,8 +31,8 @@ from mmalign.evaluation.metrics import SIDES
 from mmalign.families import image_judge
 from mmalign.families.image_judge import NOT_COMPILED, ClipScorer, ImageJudge
 from mmalign.families.types import Loading
-from mmalign.methods import Requirements, requirements_of
-from mmalign.modalities import Measure, Result, loading, step_judge
+from mmalign.methods import Requirements
+from mmalign.modalities import Measure, Result, annotators, loading, step_judge
 from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check
 from mmalign.pages.examples import DataView, ExampleSide, TrainingExample
@@ -45,8 +42,6 @@ from mmalign.training.processes import current_processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-logger = logging.getLogger(__name__)
 
 UNREAD = {"resolution", "fit", "crop", "flip"}  # settings of `data`: a judge has its own preprocessing
 
@@ -60,8 +55,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.train.compile:
         raise ValueError(NOT_COMPILED)
     assert isinstance(recipe.model, ImageJudgeModel)
-    if recipe.model.annotators is not None and requirements_of(recipe.method).learns_from != "pairs":
-        raise ValueError("model.annotators: lists have no annotators; use method.rows: pairs, or leave it out")
+    annotators.check_rows(recipe)
     check.check_packing(recipe)
     given = list(recipe.data.model_dump(include=UNREAD, exclude_defaults=True))
     if given:
@@ -86,9 +80,12 @@ def check_model(model: Model) -> None:
     """Check the model's path.
 
     Raises:
-        ValueError: it is not found.
+        ValueError: it is not found, or has no annotators to which the recipe could add any.
     """
     located("model.path", model.path)
+    assert isinstance(model, ImageJudgeModel)
+    if model.tune == "annotators":
+        annotators.mixture_of(model)
 
 
 def load_family(model: Model, options: Loading) -> ImageJudge:
@@ -98,8 +95,14 @@ def load_family(model: Model, options: Loading) -> ImageJudge:
         ValueError: it cannot be loaded or trained.
     """
     assert isinstance(model, ImageJudgeModel)
-    head, random = model.head is not None, model.weights == "random"
-    return image_judge.load(model.path, options, head_only=head, random=random, attributes=model.attributes)
+    return image_judge.load(
+        model.path,
+        options,
+        head_only=model.head is not None,
+        random=model.weights == "random",
+        shares_only=model.tune == "annotators",
+        attributes=model.attributes,
+    )
 
 
 def describe_head(model: Model) -> dict[str, str]:
@@ -114,50 +117,6 @@ def describe_head(model: Model) -> dict[str, str]:
         names = f"{len(mixture.names)} annotators ({stable_hash(*mixture.names):x})"
         parts["annotators"] = f"{mixture.prototypes} prototypes by {mixture.form}, {names}"
     return parts
-
-
-def name_annotators(recipe: Recipe, pairs: Pairs[ImagePair]) -> Recipe:
-    """Return the recipe with the annotators whose tastes it learns: those that it names, or all of the pairs.
-
-    Raises:
-        ValueError: no pair has an annotator, or none has one that the recipe names.
-    """
-    model = recipe.model
-    assert isinstance(model, ImageJudgeModel)
-    if model.annotators is None:
-        return recipe
-    numbers = Counter(pairs.annotators())
-    unnamed, known = numbers.pop("", 0), sorted(numbers)
-    if not known:
-        column = recipe.data.columns.get("annotator", "annotator")
-        idle = f"; nothing reads {listed(pairs.unread)}" if pairs.unread else ""
-        raise ValueError(
-            f"model.annotators: no pair of {pairs.source} has a name in the column {column!r}{idle}; map the column "
-            "with data.columns, such as {annotator: user_id}, or leave model.annotators out (the layout scores has no "
-            "annotators)"
-        )
-    names = model.annotators.names or known
-    if missing := [name for name in names if name not in numbers]:
-        raise ValueError(
-            f"model.annotators.names: no pair of {pairs.source} has the annotator {listed(missing)} (found "
-            f"{listed(known)}); correct the name, or leave names out to take all"
-        )
-    least, most = (extreme(numbers[name] for name in names) for extreme in (min, max))
-    others = unnamed + sum(number for name, number in numbers.items() if name not in names)
-    rest = f"; {others:,} pairs have another annotator or none, and the mean taste" if others else ""
-    logger.info(f"model.annotators: {len(names):,} annotators with {least:,} to {most:,} pairs each{rest}")
-    settings = model.annotators.model_copy(update={"names": names})
-    return recipe.model_copy(update={"model": model.model_copy(update={"annotators": settings})})
-
-
-def add_heads(family: ImageJudge, recipe: Recipe) -> None:
-    """Add the mixture of the annotators that the recipe names, if it learns their tastes."""
-    assert isinstance(recipe.model, ImageJudgeModel)
-    settings = recipe.model.annotators
-    if settings is not None:
-        family.add_annotators(
-            settings.names, prototypes=settings.prototypes, form=settings.form, seed=recipe.train.seed
-        )
 
 
 def build_data_module(
@@ -239,6 +198,8 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
     """
     section = recipe.evaluate
     assert isinstance(section, EvaluateJudge) and splits is not None and splits[1] is not None
+    assert isinstance(recipe.model, ImageJudgeModel)
+    names = list(recipe.model.attributes)  # an older judge's have no ratings here
     pairs, batch_size, other = splits[1], recipe.train.batch_size, None
     if section.reward is not None:
         # Scores of several processes are not stored: each judges images of its own
@@ -257,7 +218,6 @@ def open_benchmark(recipe: Recipe, device: torch.device, splits: Splits | None) 
             shares = dict(zip(mixture.names, mixture.shares().tolist(), strict=False))  # the last row is the mean
             result["annotators"], lines = judge_annotators.audit(pairs, comparisons, shares)
             table += lines
-        names = list(policy.family.network.attributes.scales) if policy.family.network.attributes is not None else []
         errors, lines = judge_attributes.audit(pairs, rows, names)
         return {**result, **({"attributes": errors} if names else {})}, table + lines
 
@@ -307,11 +267,12 @@ MODALITY = replace(
     check_model=check_model,
     load_family=load_family,
     model_dependencies=describe_head,
+    open_pairs=annotators.open_pairs,
     build_data_module=build_data_module,
     show=show_pairs,
     open_benchmark=open_benchmark,
     doctor_inputs=lambda _: RecipeInputs(*[NotChecked("the judge's own tokenizer cuts prompts")] * 3),
     example_evaluation="{benchmark: judge}",
-    name_annotators=name_annotators,
-    add_heads=add_heads,
+    name_annotators=annotators.name_annotators,
+    add_heads=annotators.add_annotators,
 )

@@ -7,20 +7,24 @@ p_a = softmax(w_a), with the judge's learned scale c:
     distance    s_a = -c |u - v - sum_k p_ak b_k|                      model A: prototypes are points
 
 A and b are 0 at first, so that all annotators begin as one judge; w begins at random. Somebody unknown has the mean of
-all annotators' shares. With one prototype all share one judge.
+the shares of all annotators that the prototypes were trained with. With one prototype all share one judge.
+
+Annotators can be added to a trained judge. They begin with that mean, and their w alone is trained.
 
 U annotators, K prototypes, N rows.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, NotRequired
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
@@ -42,6 +46,7 @@ class _About(TypedDict):
 
     names: list[str]
     form: Form
+    num_original: NotRequired[Annotated[int, Field(ge=1)]]  # absent if all are
 
 
 class AnnotatorMixture(nn.Module):
@@ -53,21 +58,48 @@ class AnnotatorMixture(nn.Module):
         prototypes: K.
         form: the form of the score.
         seed: seed of the first shares.
+        num_original: number of names, the first ones, that the prototypes were trained with; None for all.
     """
 
     maps: nn.Parameter | None
+    added: nn.Parameter | None  # w of the annotators whose shares alone are trained, the last ones of `names`
 
     def __init__(
-        self, names: Sequence[str], width: int, *, prototypes: int, form: Form = "angle", seed: int = 0
+        self,
+        names: Sequence[str],
+        width: int,
+        *,
+        prototypes: int,
+        form: Form = "angle",
+        seed: int = 0,
+        num_original: int | None = None,
     ) -> None:
         super().__init__()
         self.names, self.form = tuple(names), form
+        self.num_original = len(self.names) if num_original is None else num_original
         self._places = {name: place for place, name in enumerate(self.names)}
         maps = nn.Parameter(torch.zeros(prototypes, width, width)) if form == "angle" else None
         self.register_parameter("maps", maps)
         self.points = nn.Parameter(torch.zeros(prototypes, width))
         start = torch.randn(len(names), prototypes, generator=Generator().manual_seed(seed))
         self.weights = nn.Parameter(start / PACE)
+        self.register_parameter("added", None)
+
+    def extended(self, names: Sequence[str]) -> AnnotatorMixture:
+        """Return a copy with new annotators, who begin with the mean taste; their shares alone can be trained."""
+        assert self.added is None and not set(names) & set(self.names)
+        result = copy.deepcopy(self).requires_grad_(False)
+        mean = self.shares()[-1].detach()
+        start = mean.clamp(min=torch.finfo(mean.dtype).tiny).log() / PACE
+        result.added = nn.Parameter(start.repeat(len(names), 1))
+        result.names = (*self.names, *names)
+        result._places = {name: place for place, name in enumerate(result.names)}
+        return result
+
+    @property
+    def prototypes(self) -> int:
+        """K."""
+        return self.weights.shape[1]
 
     def places(self, names: Sequence[str]) -> Tensor:
         """Return the places [N] of annotators; UNKNOWN for others."""
@@ -75,9 +107,12 @@ class AnnotatorMixture(nn.Module):
         return torch.tensor(places, dtype=torch.long, device=self.weights.device)
 
     def shares(self) -> Tensor:
-        """Return the shares [U + 1, K] of the annotators; the last row is their mean, that of somebody unknown."""
-        own = (PACE * self.weights).softmax(1)
-        return torch.cat([own, own.mean(0, keepdim=True)])
+        """Return the shares [U + 1, K] of the annotators; the last row is that of somebody unknown."""
+        own = (PACE * self._all_weights()).softmax(1)
+        return torch.cat([own, own[: self.num_original].mean(0, keepdim=True)])
+
+    def _all_weights(self) -> Tensor:
+        return self.weights if self.added is None else torch.cat([self.weights, self.added])
 
     def forward(self, prompt: Tensor, places: Tensor) -> Tensor:
         """Return what annotators look for under a prompt [N, E], from unit vectors [N, E] and places [N]."""
@@ -97,8 +132,9 @@ class AnnotatorMixture(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the mixture to a folder."""
-        content = {name: weight.detach().cpu().contiguous() for name, weight in self.named_parameters()}
-        about = _About(names=list(self.names), form=self.form)
+        weights = {"maps": self.maps, "points": self.points, "weights": self._all_weights()}
+        content = {name: weight.detach().cpu().contiguous() for name, weight in weights.items() if weight is not None}
+        about = _About(names=list(self.names), form=self.form, num_original=self.num_original)
         save_file(content, folder / FILE, metadata={"annotators": json.dumps(about)})
 
 
@@ -115,6 +151,9 @@ def load_mixture(folder: Path) -> AnnotatorMixture | None:
         with safe_open(folder / FILE, "pt") as file:
             settings = parse_as(_About, (file.metadata() or {}).get("annotators", "").encode())
         prototypes, width = content["points"].shape
-        mixture = AnnotatorMixture(settings["names"], width, prototypes=prototypes, form=settings["form"])
+        number = settings.get("num_original")
+        mixture = AnnotatorMixture(
+            settings["names"], width, prototypes=prototypes, form=settings["form"], num_original=number
+        )
         mixture.load_state_dict(content)
     return mixture

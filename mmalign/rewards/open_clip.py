@@ -40,7 +40,7 @@ class Config(BatchConfig):
     """Attribute that is the score, of a judge trained with `model.attributes`; its preference by default."""
 
     annotator: str | int | None = None
-    """Annotator whose taste is the score, of a judge trained with `model.annotators`; by default the mean of all."""
+    """Annotator whose taste is the score, of a judge trained with `model.annotators`; by default the mean taste."""
 
 
 class ClipParts(NamedTuple):
@@ -182,7 +182,7 @@ def _taste(path: str, name: str | int | None, judge: OpenClip) -> Callable[[Tens
         listed = ", ".join(known[:LISTED]) + (f" and {len(known) - LISTED} more" if len(known) > LISTED else "")
         raise ValueError(
             f"reward open_clip: annotator: {path} has no {str(name)!r} (it has {listed or 'none'}); name one of its "
-            "annotators, or leave it out for the mean of all"
+            "annotators, or leave it out for the mean taste"
         )
     if mixture is None:
         return None

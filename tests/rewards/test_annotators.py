@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mmalign.losses import pairwise
@@ -101,3 +102,45 @@ def test_a_mixture_is_read_as_it_was_written(form: Form, tmp_path: Path) -> None
     (tmp_path / FILE).write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"annotators\.safetensors: cannot be read .*; train the judge again"):
         load_mixture(tmp_path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_added_annotators_begin_with_the_mean_and_learn_their_shares_alone(form: Form) -> None:
+    judge, prompts, images = mixture(form), vectors(4, 4), vectors(4, 3)
+    more = judge.extended(["dan", "eve"])
+    old = ["ann", "ben", "cem", "nobody"]
+    assert torch.equal(scores(judge, old, images, prompts), scores(more, old, images, prompts))
+    torch.testing.assert_close(more.shares()[3:5], judge.shares()[-1].expand(2, -1))
+    scores(more, ["dan", "ann", "nobody", "eve"], images, prompts).sum().backward()
+    assert [name for name, weight in more.named_parameters() if weight.grad is not None] == ["added"]
+    assert more.added is not None and more.added.grad is not None and (more.added.grad != 0).all()
+
+
+def test_the_mean_is_that_of_the_original_annotators(tmp_path: Path) -> None:
+    judge = mixture("angle").float()
+    more = judge.extended(["dan"])
+    assert more.added is not None
+    with torch.no_grad():
+        more.added[0, 0] += 1
+    more.save(tmp_path)
+    read = load_mixture(tmp_path)
+    assert read is not None and (read.names, read.num_original, read.added) == (more.names, 3, None)
+    assert torch.equal(read.shares(), more.shares()) and torch.equal(read.shares()[-1], judge.shares()[-1])
+    assert not torch.allclose(read.shares()[:-1].mean(0), read.shares()[-1])
+
+
+def test_shares_that_vanish_have_a_finite_start() -> None:
+    judge = mixture("distance").float()
+    with torch.no_grad():
+        judge.weights[:, 1] = -1e3
+    assert judge.shares()[-1].tolist() == [1.0, 0.0]
+    added = judge.extended(["dan"]).added
+    assert added is not None and added.isfinite().all()
+
+
+def test_a_file_of_an_earlier_version_has_the_mean_of_all(tmp_path: Path) -> None:
+    judge = mixture("distance").float()
+    content = {name: weight.detach() for name, weight in judge.named_parameters()}
+    save_file(content, tmp_path / FILE, metadata={"annotators": '{"names": ["ann", "ben", "cem"], "form": "distance"}'})
+    read = load_mixture(tmp_path)
+    assert read is not None and torch.equal(read.shares(), judge.shares())

@@ -21,7 +21,7 @@ def audit(
     """Return accuracies on the pairs of known annotators, also by prototype, and a table; intervals are over groups.
 
     An annotator belongs to the prototype with the largest share. Ties of the labels are left out; a tie of the judge is
-    half right. A row of the table without such pairs is left out.
+    half right. A row of the table without such pairs is left out. Annotators without such pairs are not counted.
 
     Args:
         pairs: the data set.
@@ -46,7 +46,8 @@ def audit(
             for verdicts in (comparisons.verdicts(judge)[where] for judge in (SIDES[1], MEAN))
         )
         numbers = {"own": own.as_dict(), "mean": mean.as_dict()}
-        part[title] = {"annotators": len(members), "pairs": len(where), **numbers}
-        label = f"{title} ({len(members)})"
+        judged = len({*names[where].tolist()})
+        part[title] = {"annotators": judged, "pairs": len(where), **numbers}
+        label = f"{title} ({judged})"
         table.append((label, str(len(where)), own.points(signed=False), mean.points(signed=False)))
     return part, table if len(table) > 1 else Table()
