@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _PREFIX = "checkpoint-"
 _ABOUT, _WEIGHTS, _STATE = "checkpoint.json", "model.safetensors", "state.pt"
 _HASHED = (_WEIGHTS, _STATE)
+_NAME = re.compile(rf"{_PREFIX}\d{{8,}}")
 _HIDDEN = re.compile(rf"\.{_PREFIX}\d{{8}}\.mmalign-(part|old)")
 
 
@@ -157,8 +158,9 @@ def latest(folder: Path, *, resumable: bool = False) -> Path | None:
 
 
 def complete(folder: Path) -> list[Path]:
-    """Return all complete checkpoints, the oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / _ABOUT).is_file())
+    """Return all complete checkpoints, the oldest first; a copy with a name of its own is the user's."""
+    paths = (path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name))
+    return sorted(path for path in paths if (path / _ABOUT).is_file())
 
 
 def best(folder: Path) -> Path | None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,20 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert checkpoint.best(tmp_path) == tmp_path / "checkpoint-00000020"
     write(tmp_path, 60, keep=1, score=0.1)
     assert steps(tmp_path) == [60] and leftovers(tmp_path) == []
+
+
+def test_copies_with_names_of_their_own_are_the_user_s(tmp_path: Path) -> None:
+    first = write(tmp_path, 1)
+    for name in ("checkpoint-best", "checkpoint-00000001 (copy)", "checkpoint-1"):
+        shutil.copytree(first, tmp_path / name)
+    last = write(tmp_path, 2, keep=1)
+    assert checkpoint.complete(tmp_path) == [last] and not leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoint-00000002",
+        "checkpoint-best",
+        "checkpoint-00000001 (copy)",
+        "checkpoint-1",
+    }
 
 
 def test_without_scores_only_the_last_are_kept(tmp_path: Path) -> None:
