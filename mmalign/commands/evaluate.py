@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from mmalign import atomic_io
 from mmalign.atomic_io import atomic_write
@@ -30,6 +31,13 @@ TABLE = "table.json"  # the table of an evaluation of a trained model, with its 
 PAIR_BENCHMARKS = ("implicit", "judge", "steps")  # on the validation split of the training data
 
 logger = logging.getLogger(__name__)
+
+
+class StoredTable(TypedDict):
+    """Content of `table.json`: `of` is the identity of the evaluation."""
+
+    of: dict[str, object]
+    table: Table
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ def _measure_models(recipe: Recipe, section: Evaluate, trained: TrainedModel) ->
     def measure_trained(folder: Path) -> Result:
         of = _identity(section, trained.info)
         result, table = measure(policy, folder, of)
-        (folder / TABLE).write_text(json.dumps({"of": of, "table": table}, indent=1), encoding="utf-8")
+        (folder / TABLE).write_text(json.dumps(StoredTable(of=of, table=table), indent=1), encoding="utf-8")
         # Not the recipe of this command
         return {**result, "model": trained.recipe.model.path, "method": trained.recipe.method.name}, table
 

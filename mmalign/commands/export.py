@@ -13,12 +13,13 @@ import torch
 from mmalign.atomic_io import atomic_write, check_owned
 from mmalign.commands import _model_card
 from mmalign.commands._trained import TrainedModel, find_trained
-from mmalign.commands.evaluate import TABLE
+from mmalign.commands.evaluate import TABLE, StoredTable
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
+from mmalign.evaluation.metrics import Table
 from mmalign.modalities import loading, modality_of
 from mmalign.modalities.loading import DTYPES
-from mmalign.reading import first_line
+from mmalign.reading import first_line, read_as
 from mmalign.resources import is_hub_id
 from mmalign.training.export import RUN_INFO, write_run_info
 
@@ -72,9 +73,7 @@ def export(
     return folder
 
 
-def _write(
-    trained: TrainedModel, folder: Path, form: Form, dtype: torch.dtype | None, table: list[list[str]] | None
-) -> None:
+def _write(trained: TrainedModel, folder: Path, form: Form, dtype: torch.dtype | None, table: Table | None) -> None:
     """Write the form, the model card and the information on the model to a folder."""
     family = loading.load_bare(trained.recipe, torch.device("cpu"))
     policy = trained.load(family)
@@ -88,13 +87,13 @@ def _write(
         write_run_info(part, trained.info)
 
 
-def _table(recipe: Recipe, trained: TrainedModel) -> list[list[str]] | None:
+def _table(recipe: Recipe, trained: TrainedModel) -> Table | None:
     """Return the table of the trained model's evaluation, if there is one."""
     file = Path(recipe.output) / f"evaluation{trained.suffix}" / TABLE
     if not file.is_file():
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
-    return content["table"] if content["of"]["trained"] == json.loads(json.dumps(asdict(trained.info))) else None
+    content = read_as(StoredTable, file, "run `mmalign evaluate` with this recipe again")
+    return content["table"] if content["of"].get("trained") == json.loads(json.dumps(asdict(trained.info))) else None
 
 
 def _push(folder: Path, repository: str) -> None:

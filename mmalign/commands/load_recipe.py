@@ -7,6 +7,7 @@ arguments for the code below them.
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -23,6 +24,8 @@ from mmalign.config import SECTIONS, Recipe
 from mmalign.config.base import Choice
 from mmalign.config.methods import find_method
 from mmalign.reading import broken_text, read_text
+
+logger = logging.getLogger(__name__)
 
 RENAMED = {  # former paths of options
     "train.accumulate": "train.gradient_accumulation_steps",
@@ -105,6 +108,8 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Sequence[s
     content = _parse(_read(source), location) if isinstance(source, str | Path) else source
     if not isinstance(content, Mapping):
         raise ValueError(f"{location}: expected a mapping of sections, {_describe_value(content)}")
+    if isinstance(source, str | Path):
+        content = _at_home(source, content)
     tree = override(dict(content), overrides)
     # Schema of the method
     if (reason := broken_text(tree)) is not None:
@@ -155,6 +160,18 @@ def _read(name: str | Path) -> str:
     path = resolve_recipe(name)
     path = path / "recipe.yaml" if (path / "recipe.yaml").is_file() else path  # a run's folder
     return read_text(path, "expected a recipe, a short file in YAML", f"{name}:", MAX_BYTES)
+
+
+def _at_home(name: str | Path, content: Mapping[str, object]) -> Mapping[str, object]:
+    """Return a recipe's content; a run's folder is its own output, wherever it was moved to."""
+    from mmalign.resources import resolve_recipe
+
+    folder, output = resolve_recipe(name), content.get("output")
+    is_run = (folder / "model" / "trained.json").is_file() or any(folder.glob("checkpoint-*/checkpoint.json"))
+    if not is_run or not isinstance(output, str) or Path(output).resolve() == folder.resolve():
+        return content
+    logger.info(f"{folder}: its recipe names the output {output}; this folder is used, since it holds a run")
+    return {**content, "output": str(folder)}
 
 
 def _parse(text: str, location: str) -> object:

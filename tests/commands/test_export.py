@@ -259,6 +259,31 @@ def test_export_of_a_run(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_damaged_table_is_named(run: Path, tmp_path: Path) -> None:
+    mmalign.evaluate(load_recipe(run))
+    table = run / "evaluation" / "table.json"
+    whole = table.read_text()
+    for content in ('{"of"', "{}", '{"of": 3, "table": []}'):
+        table.write_text(content)
+        with pytest.raises(ValueError, match=r"table.json: is damaged .*run `mmalign evaluate` with this recipe again"):
+            mmalign.export(run, to="diffusers", output=tmp_path / "exported")
+    table.write_text(whole)
+
+
+def test_a_run_that_was_moved_is_its_own_output(run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(run, moved, ignore=shutil.ignore_patterns("evaluation*", "export"))
+    assert load_recipe(moved).output == str(moved)
+    assert load_recipe(run).output == load_recipe(moved / "recipe.yaml").output == str(run)
+    assert load_recipe(moved, ["output=elsewhere"]).output == "elsewhere"
+    shutil.rmtree(moved / "model")
+    assert load_recipe(moved).output == str(moved)
+    for folder in moved.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    assert load_recipe(moved).output == str(run)  # a folder with a recipe, and no run
+
+
+@pytest.mark.slow
 def test_a_stopped_run_is_evaluated_and_shown(run: Path, tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
     shutil.copytree(run, stopped, ignore=shutil.ignore_patterns("model", "evaluation*", "export"))
