@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 ADAPTERS = "pytorch_lora_weights.safetensors"  # diffusers' file name
 PEFT_CONFIG, PEFT_ADAPTERS = "adapter_config.json", "adapter_model.safetensors"  # peft's file names
 TRAINED, LOADED = "default", "loaded"  # names of the adapter in training, and of one read back from a file
+_HALVES = ((".lora_A.", ".lora_B."), (".lora_down.", ".lora_up."), (".lora.down.", ".lora.up."))
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that diffusers' own preference scripts adapt
 
 
@@ -129,11 +131,28 @@ def check_adapter_path(path: str) -> None:
         ValueError: the path is such a checkpoint.
     """
     if (Path(path) / "checkpoint.json").is_file():
-        run, _, step = path.rstrip("/").rpartition("/checkpoint-")
+        folder = Path(path).absolute()
+        step = folder.name.removeprefix("checkpoint-").lstrip("0") or "0"
         raise ValueError(
-            f"model.adapter: {path} is a checkpoint; write its adapter with `mmalign export {run} --checkpoint "
-            f"{int(step)} --to peft`, and name that folder"
+            f"model.adapter: {path} is a checkpoint; write its adapter with `mmalign export {folder.parent} "
+            f"--checkpoint {step} --to peft`, and name that folder"
         )
+
+
+def check_halves(file: Path) -> None:
+    """Check that a file has both matrices of every adapter; the libraries would initialize the second one.
+
+    Raises:
+        ValueError: a matrix is missing.
+    """
+    if not file.is_file():  # on the Hub, or a pickle
+        return
+    with safe_open(file, "pt") as weights:
+        names = {str(name) for name in weights.keys()}  # noqa: SIM118
+    for name in sorted(names):
+        for one, other in (*_HALVES, *((b, a) for a, b in _HALVES)):
+            if one in name and (partner := name.replace(one, other)) not in names:
+                raise ValueError(f"{file.name} lacks {partner}, the other matrix of an adapter")
 
 
 def adapter_layers(net: nn.Module) -> dict[str, LoraLayer]:

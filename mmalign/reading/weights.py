@@ -80,6 +80,36 @@ def tensors_only(allow_pickle: bool | None = None) -> Iterator[None]:
             setattr(*place, value)
 
 
+@contextlib.contextmanager
+def every_tensor() -> Iterator[None]:
+    """Refuse a model or adapter of transformers, also inside a pipeline, whose files lack weights.
+
+    Else the library initializes them with random numbers and logs a warning.
+
+    Raises:
+        ValueError: (inside the context) weights are missing.
+    """
+    from transformers import modeling_utils
+    from transformers.integrations import peft
+    from transformers.utils.loading_report import log_state_dict_report
+
+    def refuse_missing(model: Any, *args: Any, loading_info: Any, **options: Any) -> None:
+        log_state_dict_report(model, *args, loading_info=loading_info, **options)
+        if lacking := sorted(map(str, loading_info.missing_keys)):
+            raise ValueError(
+                f"its files lack {len(lacking):,} weights of a {type(model).__name__}, such as {lacking[0]}"
+            )
+
+    callers: tuple[Any, Any] = (modeling_utils, peft)
+    for caller in callers:
+        caller.log_state_dict_report = refuse_missing
+    try:
+        yield
+    finally:
+        for caller in callers:
+            caller.log_state_dict_report = log_state_dict_report
+
+
 def pickles_allowed() -> bool:
     """Return whether the innermost open `tensors_only` reads pickles too."""
     current: object = torch.load

@@ -10,11 +10,13 @@ from mmalign.attention import denoisers
 from mmalign.families.diffusion.lora_files import load_lora
 from mmalign.families.lora import (
     ADAPTERS,
+    PEFT_ADAPTERS,
     PEFT_CONFIG,
     TRAINED,
     absorb_adapters,
     adapter_layers,
     check_adapter_path,
+    check_halves,
     in_float32,
     set_up_adapters,
 )
@@ -52,10 +54,13 @@ def read_adapter(pipeline: DiffusionPipeline, part: str, net: ModelMixin, path: 
         # A folder of peft's, or a file in any layout that the pipeline's reader knows
         if (place / PEFT_CONFIG).is_file():
             PeftModel.from_pretrained(net, path, adapter_name=TRAINED)
+            check_halves(place / PEFT_ADAPTERS)
         else:
             files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
             source, name = (str(files[0].parent), files[0].name) if files else (path, None)
             load_lora(pipeline, net, source, file=name, adapter=TRAINED)
+            for file in files[:1]:
+                check_halves(file)
     others = [name for name, x in pipeline.components.items() if name != part and getattr(x, "peft_config", None)]
     if others:
         raise ValueError(
@@ -74,6 +79,7 @@ def load_trained(base: ModelMixin, part: str, folder: Path) -> ModelMixin:
     """
     with intact("output", folder, "a trained model", "`mmalign train` writes it again"), tensors_only():
         if (folder / ADAPTERS).is_file():
+            check_halves(folder / ADAPTERS)
             with in_float32():
                 base.load_lora_adapter(folder, prefix=part, weight_name=ADAPTERS, adapter_name=TRAINED)
             set_up_adapters(base)

@@ -43,7 +43,7 @@ from mmalign.families.lora import (
 )
 from mmalign.families.types import Conditioning, Loading, LoraSettings, Moments
 from mmalign.policy.sharding import ShardPlan
-from mmalign.reading.weights import intact, tensors_only, use_safetensors
+from mmalign.reading.weights import every_tensor, intact, tensors_only, use_safetensors
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
@@ -267,7 +267,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     }
     if not loading.shapes_only:
         options["use_safetensors"] = use_safetensors(path, loading.allow_pickle)
-    with intact("model.path", path, f"a {cls.__name__}"), tensors_only(loading.allow_pickle):
+    with intact("model.path", path, f"a {cls.__name__}"), tensors_only(loading.allow_pickle), every_tensor():
         configured = loading.config or path
         index = cls.load_config(configured, revision=loading.revision)
         # Options of the parts: networks of shapes alone, or a quantized denoiser

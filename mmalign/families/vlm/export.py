@@ -34,7 +34,7 @@ from mmalign.families.stored import (
 )
 from mmalign.families.types import Loading
 from mmalign.language.tokens import forget_padding
-from mmalign.reading.weights import intact, one_sentence, tensors_only
+from mmalign.reading.weights import every_tensor, intact, one_sentence, tensors_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -140,7 +140,8 @@ def read_adapter(model: PreTrainedModel, path: str) -> None:
         ValueError: they cannot be read, or are another model's.
     """
     check_adapter_path(path)
-    with intact("model.adapter", path, f"adapters of a {type(model).__name__}"), tensors_only(), in_float32():
+    kind = f"adapters of a {type(model).__name__}"
+    with intact("model.adapter", path, kind), tensors_only(), every_tensor(), in_float32():
         model.load_adapter(path, adapter_name=TRAINED)
     if not adapter_layers(model):
         raise ValueError(f"model.adapter: {path} adapts no layer of this model; expected an adapter of this model")

@@ -45,7 +45,7 @@ from mmalign.families.vlm.quirks import quirks_of
 from mmalign.families.vlm.token_scorer import TokenScorer, unwrap
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.policy.sharding import ShardPlan
-from mmalign.reading.weights import intact, tensors_only, use_safetensors
+from mmalign.reading.weights import every_tensor, intact, tensors_only, use_safetensors
 from mmalign.rng import KeyedRNG
 
 if TYPE_CHECKING:
@@ -289,12 +289,15 @@ class ImageTextToText:
         export(model, processor, folder, form, name=self.name, loading=self.loading, dtype=dtype)
 
     def load_trained(self, folder: Path) -> nn.Module:
-        with intact("output", folder, "a trained model", "`mmalign train` writes it again"), tensors_only():
+        mend = "`mmalign train` writes it again"
+        with intact("output", folder, "a trained model", mend), tensors_only(), every_tensor():
             if (folder / PEFT_CONFIG).is_file():
                 with in_float32():
                     self._model.load_adapter(str(folder))
                 set_up_adapters(self._model)
                 return self.network
+            if not (folder / "config.json").is_file():  # transformers would take the defaults, of a model of any size
+                raise FileNotFoundError("config.json is missing")
             model = type(self._model).from_pretrained(folder, dtype=self._model.dtype)
         # A new model has transformers' attention, and gets the backend of the base
         if (backend := decoders.installed(self._model.get_decoder())) is not None:
@@ -318,7 +321,8 @@ def load(path: str, model_type: str, loading: Loading) -> ImageTextToText:
     # Model and processor, checked against each other
     dtype = loading.half if loading.half is not None and loading.network_half else torch.float32
     options: dict[str, Any] = {"trust_remote_code": False, "dtype": dtype}
-    with intact("model.path", path, f"a vision-language model ({model_type})"), tensors_only(loading.allow_pickle):
+    kind = f"a vision-language model ({model_type})"
+    with intact("model.path", path, kind), tensors_only(loading.allow_pickle), every_tensor():
         # Shapes alone for a plan, or weights
         if loading.shapes_only:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
