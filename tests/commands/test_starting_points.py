@@ -188,6 +188,18 @@ def test_a_single_file(tiny_sd15: Path, tmp_path: Path) -> None:
     assert torch.equal(merged.pipeline.vae.decoder.conv_in.weight, family.pipeline.vae.decoder.conv_in.weight)
 
 
+def test_a_single_file_takes_another_autoencoder(tiny_sd15: Path, tmp_path: Path) -> None:
+    file, vae = original_layout(tiny_sd15, tmp_path / "model.safetensors"), tmp_path / "vae"
+    shutil.copytree(tiny_sd15 / "vae", vae)
+    weights = {name: 2 * x for name, x in load_file(vae / Path(VAE).name).items()}
+    save_file(weights, vae / Path(VAE).name, {"format": "pt"})
+    family: Any = adapted(load_family(str(file), Loading(CPU, config=str(tiny_sd15), vae=str(vae))))
+    assert_same(family.pipeline.vae.state_dict(), weights)
+    (tmp_path / "merged").mkdir()
+    family.export(tmp_path / "merged", family.network, "merged", None)
+    assert (tmp_path / "merged" / VAE).read_bytes() == (vae / Path(VAE).name).read_bytes()
+
+
 def test_pickles_that_a_recipe_allows_are_merged_and_copied(tiny_sd15: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_sd15, base)

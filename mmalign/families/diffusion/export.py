@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,11 +190,18 @@ def _save_single_file(
     assert loading.config is not None
     stored = stored_dtypes(Path(name))
     with tensors_only(loading.allow_pickle):
-        whole = load_single_file(type(pipeline), part, name, loading.config, stored.other)
+        # Parts that the pipeline lacks need an explicit None
+        options: dict[str, Any] = {key: None for key, x in pipeline.components.items() if x is None}
+        options |= {"revision": loading.revision, "variant": loading.variant}
+        whole = load_single_file(type(pipeline), part, name, loading.config, stored.other, options)
     plain = getattr(whole, part)
     weights = _merged_into(pipeline, part, net, plain, loading)
     plain.load_state_dict(cast(weights, dtype or stored.other), assign=True)
     whole.save_pretrained(folder)
+    # An autoencoder in place of the file's, byte for byte
+    if loading.vae is not None:
+        shutil.rmtree(folder / "vae")
+        copy_files(source_folder(loading.vae, None), folder / "vae", weights=True)
     return weights
 
 

@@ -255,7 +255,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     """
     # Parts that are replaced or left out, and dtypes
     options: dict[str, Any] = {"revision": loading.revision, "variant": loading.variant}
-    if loading.vae:
+    if loading.vae and not (loading.shapes_only or loading.tokenizers_only):
         options["vae"] = _load_vae(loading.vae, loading)
     if "SafetyChecker" in str(cls.__init__.__annotations__):
         options |= {"safety_checker": None, "requires_safety_checker": False}
@@ -286,7 +286,8 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
         options = {**dict.fromkeys(left_out), **options}  # diffusers needs an explicit None, e.g. for SD3's T5
         # Weights, from one file or a folder, and an adapter that the run begins with
         if loading.config is not None and not (loading.tokenizers_only or loading.shapes_only):
-            pipeline = load_single_file(cls, denoiser_name(cls), path, loading.config, dtypes)
+            options["use_safetensors"] = use_safetensors(configured, loading.allow_pickle)
+            pipeline = load_single_file(cls, denoiser_name(cls), path, loading.config, dtypes, options)
         else:
             pipeline = cls.from_pretrained(configured, dtype=dtypes, **options)
         pipeline.to("cpu" if loading.offload and not loading.shapes_only else loading.device)
