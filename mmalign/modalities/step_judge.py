@@ -22,7 +22,6 @@ from mmalign.modalities.loading import DTYPES
 from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check, data, doctor, show
 from mmalign.modalities.validation import groups_by_row, validation_batches
-from mmalign.pages.examples import DataView
 from mmalign.policy import Policy
 from mmalign.resources import resolve_model
 from mmalign.rewards import RewardModel
@@ -120,12 +119,6 @@ def doctor_inputs(recipe: Recipe) -> RecipeInputs:
     return RecipeInputs(NotChecked("the recipe has no validation split"), count, NotChecked("a judge has no responses"))
 
 
-def show_pairs(recipe: Recipe, splits: Splits, number: int) -> DataView:
-    """Return the sizes of the recipe's images, and its first examples, as the frozen model encodes them."""
-    assert isinstance(recipe.model, JudgeModel)
-    return show.show(recipe, splits, number, model=recipe.model.denoiser)
-
-
 MODALITY = Modality(
     check=check_recipe,
     check_evaluation=lambda _: None,
@@ -140,7 +133,7 @@ MODALITY = Modality(
     open_pairs=data.open_pairs,
     build_data_module=build_data_module,
     encode_example=None,
-    show=show_pairs,
+    show=show.show,
     check_samples=refuse_samples,
     open_previews=None,
     unusable_rows="images or pairs could not be used",

@@ -44,6 +44,15 @@ def test_a_plan_needs_configurations_alone(tiny_sd15: Path, tmp_path: Path, caps
 
 
 @pytest.mark.slow
+def test_a_plan_of_a_single_file_reads_no_weights(tiny_sd15: Path, tmp_path: Path) -> None:
+    bare, file = without_weights(tiny_sd15, tmp_path / "model"), tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    content = recipes.diffusion_in(bare, tmp_path / "run", **FULL)
+    single = load_recipe(content, [f"model.path={file}", f"model.config={bare}", f"model.vae={bare / 'vae'}"])
+    assert plan(single) == plan(load_recipe(content))
+
+
+@pytest.mark.slow
 def test_a_prediction_is_what_an_update_takes(tiny_sd15: Path, tmp_path: Path) -> None:
     """A CPU's counter of live tensors; the stated limit of 15 % leaves room for the optimizer's temporaries."""
     result = plan(load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path / "run", **FULL)), probe=True)

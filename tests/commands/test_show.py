@@ -106,6 +106,22 @@ def test_prompts_without_room_for_an_answer_are_shown_as_skipped(vlm_folders: Fo
     assert tokens.max_length == longest
 
 
+def test_models_of_the_project_are_known_in_any_folder(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = pictures(tiny_sd15, tmp_path, "out", model={"path": "models/tiny_sd"})
+    monkeypatch.chdir(tmp_path)
+    assert show(load_recipe(content), number=1).examples
+
+
+def test_a_single_file_is_shown_by_its_configuration(tiny_sd15: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    content = pictures(tiny_sd15, tmp_path, "out")
+    single = load_recipe(content, [f"model.path={file}", f"model.config={tiny_sd15}"])
+    assert list(show(single).lines()) == list(show(load_recipe(content)).lines())
+
+
 @pytest.mark.parametrize("number", [0, 99])
 def test_number_of_examples(number: int, vlm_folders: Folders, tmp_path: Path) -> None:
     view = show(load_recipe(responses(vlm_folders("llava"), tmp_path, "out")), number=number)

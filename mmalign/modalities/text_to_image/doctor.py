@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mmalign.config import EvaluateImages, ImageModel, Recipe
+from mmalign.config import EvaluateImages, Recipe
 from mmalign.doctor.corpus import EvaluationInputs, NotChecked, RecipeInputs
 from mmalign.families.loading import load_tokenizers
 from mmalign.modalities.loading import disable_progress_bars, find_local
 from mmalign.modalities.prompts import load_prompts
+from mmalign.modalities.text_to_image.model import pipeline_path
 
 
 def doctor_inputs(recipe: Recipe) -> RecipeInputs:
     """Return the prompts of the recipe's evaluation, and the count of prompts that its text encoder cuts."""
     no_responses = NotChecked("the pairs have no responses")
-    count = count_truncated(_tokenizers(recipe), recipe.model.revision, recipe.model.family)
+    count = count_truncated(pipeline_path(recipe.model), recipe.model.revision, recipe.model.family)
     return RecipeInputs(_evaluation(recipe), count, no_responses)
-
-
-def _tokenizers(recipe: Recipe) -> str:
-    """Return the path or Hub id that has the model's tokenizers."""
-    assert isinstance(recipe.model, ImageModel)
-    return recipe.model.config or recipe.model.path
 
 
 def count_truncated(

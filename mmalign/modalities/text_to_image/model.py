@@ -61,7 +61,7 @@ def source_use(recipe: Recipe) -> Sources | None:
         if SOURCE in recipe.data.columns:
             raise ValueError(f"data.columns: {SOURCE}: a judge of images sees no source images; leave the column out")
         return None
-    is_named, path, kind = SOURCE in recipe.data.columns, _path(recipe.model), pipeline_class(recipe.model)
+    is_named, path, kind = SOURCE in recipe.data.columns, pipeline_path(recipe.model), pipeline_class(recipe.model)
     editing = EDITORS.get(kind or "")
     if is_named and kind is not None and editing is None:
         raise ValueError(f"data.columns: {not_editing(path, kind)}")
@@ -77,7 +77,7 @@ def check_prompt_sources(key: str, model: Model, *, given: bool) -> None:
     Raises:
         ValueError: the model has no use for them, or needs them.
     """
-    path, kind = _path(model), pipeline_class(model)
+    path, kind = pipeline_path(model), pipeline_class(model)
     if kind is None:
         return
     editing = EDITORS.get(kind)
@@ -95,12 +95,12 @@ def pipeline_class(model: Model) -> str | None:
     if isinstance(model, ImageModel) and model.family is not None:
         return None
     try:
-        return loading.pipeline_class(resolve_model(_path(model)), model.revision)
+        return loading.pipeline_class(resolve_model(pipeline_path(model)), model.revision)
     except ValueError:  # `check_model` says what is wrong with it
         return None
 
 
-def _path(model: Model) -> str:
+def pipeline_path(model: Model) -> str:
     """Return the path or Hub id of the pipeline's configuration."""
     if isinstance(model, ImageModel):
         return model.config or model.path

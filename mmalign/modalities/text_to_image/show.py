@@ -22,17 +22,15 @@ from mmalign.families.types import Loading
 from mmalign.methods import requirements_of
 from mmalign.modalities.loading import disable_progress_bars
 from mmalign.modalities.text_to_image.data import pair_shapes
+from mmalign.modalities.text_to_image.model import pipeline_path
 from mmalign.pages.examples import DataView, ExampleSide, TrainingExample
+from mmalign.resources import resolve_model
 
 
-def show(recipe: Recipe, splits: Splits, number: int, *, model: str | None = None) -> DataView:
+def show(recipe: Recipe, splits: Splits, number: int) -> DataView:
     """Return the sizes of the recipe's images, and its first examples; only the model's configurations are loaded.
 
-    Args:
-        recipe: the recipe.
-        splits: its pairs or prompts.
-        number: the number of examples.
-        model: the path of the text-to-image model, if it is not `model.path`.
+    A step judge sees the pairs as its frozen text-to-image model encodes them.
 
     Raises:
         ValueError: the model's configurations are not at hand.
@@ -41,8 +39,8 @@ def show(recipe: Recipe, splits: Splits, number: int, *, model: str | None = Non
     assert isinstance(data, ImageData)
     disable_progress_bars()
     # Configurations alone: networks have no weights
-    path = fetch_configurations(model or recipe.model.path, recipe.model.revision)
-    family = load_family(path, Loading(META, revision=recipe.model.revision))
+    path = fetch_configurations(resolve_model(pipeline_path(recipe.model)), recipe.model.revision)
+    family = load_family(path, Loading(META, revision=recipe.model.revision), recipe.model.family)
     sources = [pairs for pairs in splits if pairs is not None]
     facts = list(_truncated(family, sources))
     # Prompts alone have no images to measure
