@@ -102,6 +102,12 @@ def _row(
     return ParsedRow(tuple(message.turn for message in messages), chosen, rejected, placed, later_turns=later)
 
 
+def _images_in(row: Record) -> object:
+    """Return the images in the column `images`, or, where that is empty, in `image`; a table may have both."""
+    several = row.get("images")
+    return row.get("image") if several in (None, "", []) else several
+
+
 def _filled(value: object) -> bool:
     """Return whether a column holds anything, perhaps as JSON."""
     if isinstance(value, str) and value.strip() in ("", "[]", "{}", "null", "None"):
@@ -151,7 +157,7 @@ def _trl(location: str, row: Record) -> ParsedRows:
     prompt = read_messages(name, row[name]) if name is not None else []
     if not prompt and isinstance(row["chosen"], str):
         raise UnusableRowError("has no prompt")
-    rows = _pairs(row, prompt, row["chosen"], row["rejected"], row.get("images", row.get("image")))
+    rows = _pairs(row, prompt, row["chosen"], row["rejected"], _images_in(row))
     hallucinated = read_text("hallucinated", row.get("hallucinated"))
     return _with(rows, hallucinated=hallucinated)
 
@@ -162,7 +168,7 @@ def _alpaca(location: str, row: Record) -> ParsedRows:
         prompt += [*read_messages("history", asked), *read_completion("history", answer)]
     texts = [read_text(name, row.get(name)) for name in ("instruction", "input")]
     prompt += read_messages("instruction", "\n".join(text for text in texts if text))
-    return _pairs(row, prompt, row["chosen"], row["rejected"], row.get("images", row.get("image")))
+    return _pairs(row, prompt, row["chosen"], row["rejected"], _images_in(row))
 
 
 def _history(value: object) -> list[list[object]]:
@@ -223,7 +229,7 @@ def _swift(location: str, row: Record) -> ParsedRows:
     messages = read_messages("messages", row["messages"])
     if messages[-1].turn.role != "assistant" or len(messages) < 2:
         raise UnusableRowError("the last message is not the assistant's")
-    images, prompt, chosen = row.get("images"), messages[:-1], messages[-1].turn.text
+    images, prompt, chosen = _images_in(row), messages[:-1], messages[-1].turn.text
     # Rejected messages are a whole conversation, or begin with the answer
     if row.get("rejected_messages") is not None:
         rejected = read_messages("rejected_messages", row["rejected_messages"])
@@ -242,7 +248,7 @@ def _swift(location: str, row: Record) -> ParsedRows:
 
 
 def _answers(location: str, row: Record) -> ParsedRows:
-    images = row.get("images", row.get("image"))
+    images = _images_in(row)
     messages = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
     if messages is None:
         # An answer in a column of its own
@@ -272,7 +278,7 @@ def _thumbs(location: str, row: Record) -> ParsedRows:
     completion = read_completion("completion", row["completion"])
     if len(completion) > 1:
         raise UnusableRowError(f"completion has {len(completion)} messages; expected the assistant's one")
-    parsed = _row(row, prompt, completion[0].turn.text, None, row.get("images", row.get("image")))
+    parsed = _row(row, prompt, completion[0].turn.text, None, _images_in(row))
     return (replace(parsed, scores=(read_thumb(row["label"]),)),)
 
 
@@ -288,7 +294,7 @@ def _rankings(location: str, row: Record) -> ParsedRows:
     # The best first; of equal ones the first
     order = sorted(range(len(worth)), key=lambda n: -worth[n])
     first, second, *others = (responses[n] for n in order)
-    parsed = _row(row, read_messages("prompt", row["prompt"]), first, second, row.get("images", row.get("image")))
+    parsed = _row(row, read_messages("prompt", row["prompt"]), first, second, _images_in(row))
     return (replace(parsed, others=tuple(others), scores=tuple(worth[n] for n in order)),)
 
 

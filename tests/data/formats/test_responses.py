@@ -292,3 +292,14 @@ def test_rows_of_one_image_stay_on_one_side_of_a_hold_out(here: Path) -> None:
 def test_a_limit_keeps_the_first(here: Path) -> None:
     rows = [{**GOOD, "prompt": f"{n}?"} for n in range(5)]
     assert [p.turns[0].text for p in open_responses("trl", written(here, *rows), limit=2)] == ["<image>0?", "<image>1?"]
+
+
+@pytest.mark.parametrize("empty", [None, [], ""])
+def test_images_come_from_the_column_that_has_them(empty: Any, here: Path) -> None:
+    sides = {"image": "a.png", "images": empty}
+    pair = {**sides, "prompt": "What?", "chosen": "A dog.", "rejected": "A cat."}
+    swift = {**sides, "messages": said("A dog."), "rejected_response": "A cat."}
+    answer = {**sides, "prompt": "What?", "answer": "A dog."}
+    for format, row in (("trl", pair), ("swift", swift), ("answers", answer)):
+        (read,) = open_responses(format, written(here, row))
+        assert [Path(image.path).name for image in read.images] == ["a.png"], format
