@@ -62,10 +62,10 @@ def image_size(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX
     """
     with _opened(ref, min_side, max_pixels) as image:
         width, height = image.size
-        return ImageSize(height, width) if image.getexif().get(_ORIENTATION, 1) >= 5 else ImageSize(width, height)
+        return ImageSize(height, width) if image.getexif().get(_ORIENTATION) in _TURNED else ImageSize(width, height)
 
 
-_ORIENTATION = 0x0112  # EXIF tag; 5 to 8 exchange width and height
+_ORIENTATION, _TURNED = 0x0112, range(5, 9)  # EXIF tag, and its values that exchange width and height
 
 
 @contextlib.contextmanager

@@ -194,9 +194,11 @@ def as_bytes(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def test_size_is_that_of_the_decoded_image() -> None:
+    assert image_size(ref(encoded(noise(20, 12)))) == (20, 12)
     rotated = Image.Exif()
-    rotated[0x0112] = 6
-    for data in (encoded(noise(20, 12)), encoded(noise(20, 12), "JPEG", exif=rotated)):
-        assert image_size(ref(data)) == decode(ref(data)).size
+    for orientation in range(10):  # 0 and 9 have no meaning
+        rotated[0x0112] = orientation
+        data = encoded(noise(20, 12), "JPEG", exif=rotated)
+        assert image_size(ref(data)) == decode(ref(data)).size, orientation
     with pytest.raises(BadImage, match="no known format"):
         image_size(ref(b"text"))
