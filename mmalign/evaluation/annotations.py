@@ -246,7 +246,8 @@ def read_responses(path: str | Path, images: str | Path | None = None) -> list[R
         location: str, record: Record, there: str, question: Record
     ) -> tuple[str, tuple[str, ...], Response]:
         # Where both records have an id, they must agree
-        if "question_id" in record and record["question_id"] != question.get("question_id", record["question_id"]):
+        ids = [str(one["question_id"]) for one in (record, question) if "question_id" in one]  # a number, or its digits
+        if len(set(ids)) > 1:
             raise ValueError(
                 f"{location} answers question_id {shorten(record['question_id'])}, but {there} is "
                 f"{shorten(question['question_id'])}; expected the answers in the order of the questions"

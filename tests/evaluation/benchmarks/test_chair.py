@@ -232,3 +232,10 @@ def test_category_that_is_no_object_is_named_with_its_place(tmp_path: Path) -> N
     (tmp_path / "instances.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"instances\.json: categories 1: 'unicorn' is not a word"):
         chair.read_coco([tmp_path / "instances.json"], [], coco_vocabulary("refined"))
+
+
+def test_ids_of_questions_may_be_digits(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "image": "1.jpg"}')
+    (tmp_path / "a.jsonl").write_text('{"question_id": "1", "text": "A dog."}')
+    (response,) = read_responses(tmp_path / "a.jsonl", tmp_path / "q.jsonl")
+    assert response.text == "A dog."
