@@ -198,6 +198,8 @@ def group_scores(rows: Rows, layout: Layout[Parsed], group_by: str | None) -> It
             continue
         try:
             scored = layout.read(row.location, row.record)
+            if group_by is not None:
+                layout.group(row.record, group_by)  # raises if the row has none
             groups.setdefault((row.folders, scored.group, scored.prompt, scored.source), []).append((row, scored))
         except UnusableRowError as error:
             yield SkippedRow(row.location, str(error), error.defect)
@@ -213,7 +215,7 @@ def group_scores(rows: Rows, layout: Layout[Parsed], group_by: str | None) -> It
         if scored.source is not None:
             record = {**record, SOURCE: scored.source.image}
         if group_by is not None:
-            record = {**record, group_by: first.record.get(group_by)}
+            record = {**record, group_by: first.record[group_by]}
         yield SourceRow(f"{first.location} and {len(group) - 1} more of its prompt", record, first.folders)
 
 

@@ -328,3 +328,11 @@ def test_an_answer_alone_is_no_judged_row(learning: Any, folder: Path) -> None:
     with pytest.raises(ValueError, match="has an answer alone; expected several responses"):
         open_responses("answers", path, learning=learning, cut_pairs=learning == "thumbs")
     assert len(open_responses("answers", path)) == 1
+
+
+def test_an_image_without_the_column_to_group_by_is_dropped(folder: Path) -> None:
+    rows = [{"prompt": f"p{n // 2}", "image": f"{n}.png", "score": n} for n in range(4)]
+    pairs = open_pairs(
+        "auto", written(folder, [*rows[:2], *({**row, "user": "u"} for row in rows[2:])]), group_by="user"
+    )
+    assert pairs.groups() == ["u"] and ["'user'" in row.reason for row in pairs.skipped] == [True, True]
