@@ -188,11 +188,14 @@ def _csv_rows(file: Path, kind: str) -> Iterator[Located]:
             raise ValueError(f"{file} names a column twice in its first line ({listed(header)}); rename one")
         # A broken row is yielded as skipped, and the reader goes on after it
         while True:
+            first_line = rows.line_num + 1
             try:
                 fields = next(rows, None)
             except csv.Error as error:
-                location = f"{file.name}: line {rows.line_num}"
-                yield location, SkippedRow(location, f"is not a row of CSV ({error})")
+                location, last_line = f"{file.name}: line {first_line}", rows.line_num
+                # A quotation mark without its partner takes in all lines up to the next one
+                lost = f"; lines up to {last_line:,} are lost with it" if last_line > first_line else ""
+                yield location, SkippedRow(location, f"is not a row of CSV ({error}){lost}")
                 continue
             if fields is None:
                 return

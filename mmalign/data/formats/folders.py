@@ -132,12 +132,14 @@ def _caption(image: Path, folder: Path, name: str, captions: Mapping[str, str]) 
     file = next((file for file in (*beside, *shared) if file.exists()), None)
     if file is not None:
         return read_text(file, "expected a caption in UTF-8", f"the caption {file.name}", MAX_CAPTION).strip()
-    named = image.relative_to(folder).with_suffix("").as_posix()
-    return captions.get(named) or captions.get(f"{image.parent.as_posix()}/{image.stem}") or captions.get(name, "")
+    # The image's own name first: two of one stem may have two captions
+    places = (image.relative_to(folder).as_posix(), image.as_posix(), f"{name}{image.suffix}")
+    keys = (key for place in places for key in (place, place.removesuffix(image.suffix)))
+    return next((captions[key] for key in keys if captions.get(key)), "")
 
 
 def _captions(folder: Path, sides: tuple[Path, Path]) -> dict[str, str]:
-    """Return the captions of files metadata.*, by the image's path without suffix."""
+    """Return the captions of files metadata.*, by the image's path with and without suffix."""
     captions = dict[str, str]()
     # A file in the folder names images of either side, a file in a side its own ones
     for place in (folder, *sides):
@@ -148,6 +150,7 @@ def _captions(folder: Path, sides: tuple[Path, Path]) -> dict[str, str]:
                 if isinstance(record, SkippedRow) or not isinstance(record.get("file_name"), str):
                     continue
                 text = next((record[name] for name in CAPTIONS if isinstance(record.get(name), str)), "")
-                named = Path(str(record["file_name"])).with_suffix("").as_posix()
-                captions[named if place == folder else f"{place.name}/{named}"] = str(text).strip()
+                image = (Path() if place == folder else Path(place.name)) / str(record["file_name"])
+                if image.name:
+                    captions |= {key.as_posix(): str(text).strip() for key in (image, image.with_suffix(""))}
     return captions

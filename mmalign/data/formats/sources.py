@@ -24,6 +24,7 @@ from mmalign.resources import is_hub_id
 
 SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "eval", "test")
 SAMPLE = 100  # rows that are read to recognize a layout
+MOST = 100_000  # rows among which they are searched
 KINDS = (*TABLES, *TEXTS, *TARS)
 EXPECTED = "expected *.parquet, *.arrow, *.json, *.jsonl, *.csv, *.tsv or *.tar, a folder of them, or a glob"
 
@@ -96,9 +97,15 @@ def open_source(path: str, split: str | None, *, thumbs: bool = False) -> Source
             raise ValueError(f"data.path: {path} has no rows; expected one a pair")
         return Source(path, tuple(names), _merge(sample), tuple(files))
     # Texts, archives and folders have the columns of their first rows
-    rows = list(islice((row for file in files for row in _stream(file, thumbs)), SAMPLE))
-    skipped = [row for row in rows if isinstance(row, SkippedRow)]
-    if len(skipped) == len(rows):
+    rows, skipped = list[SourceRow](), list[SkippedRow]()
+    for row in islice((row for file in files for row in _stream(file, thumbs)), MOST):
+        if isinstance(row, SkippedRow):
+            skipped.append(row)
+            continue
+        rows.append(row)
+        if len(rows) == SAMPLE:
+            break
+    if not rows:
         why = f"has no row that can be read ({format_rows(skipped)})" if skipped else "has no rows"
         raise ValueError(f"data.path: {path} {why}; expected one a pair")
     merged = _merge(_records(rows))

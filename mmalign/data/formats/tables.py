@@ -95,7 +95,8 @@ class TableRows:
     def _cell(self, place: tuple[int, str, int | None]) -> bytes:
         """Return the bytes of an image by its row, its column and its index in a list."""
         number, column, index = place
-        value = self._table[number][column]
+        # Of this column alone: the row may have further images, and sounds or videos that datasets would decode
+        value = self._table.data.fast_slice(number, 1).column(column)[0].as_py()
         if index is not None:
             value = value[index]
         data = value["bytes"] if isinstance(value, dict) else value
@@ -318,12 +319,13 @@ def load_hub(path: str, split: str | None) -> TableRows:
         ValueError: the dataset does not exist, access is denied, or it has several configurations and none is named.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
     name, (dataset, _, configuration) = split or "train", path.partition(":")
     try:
         table = load_dataset(dataset, configuration or None, split=name)
-    except (DatasetNotFoundError, ConnectionError, ValueError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # also RuntimeError for a dataset that is a script, and errors of its builder
         raise ValueError(
             f"data.path: {path} is not a local file and could not be loaded from the Hub, split {name!r} ({error}); "
             "expected a file, a folder, or a Hub id that you may read; one of several configurations is named as "
