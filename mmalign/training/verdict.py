@@ -181,8 +181,9 @@ def _judge_thumbs(values: Values, evidence: Evidence) -> str:
     sides = ("liked", "disliked")
     # The outputs of each label, whose metrics get its name; the verdict needs both labels
     parts = {side: _of_label(values, side) for side in sides}
-    if not all(part["loss"] for part in parts.values()):
-        return _judge_loss(values, evidence)
+    present = [side for side in sides if parts[side]["loss"]]
+    if len(present) == 1:
+        return _judge_label({**values, **parts[present[0]]}, present[0])
     gains = [mean_of(parts[side][f"{side} gain"]) for side in sides]
     error = math.hypot(gains[0].error, gains[1].error)
     difference = Mean(gains[0].value - gains[1].value, error)
@@ -202,6 +203,18 @@ def _judge_thumbs(values: Values, evidence: Evidence) -> str:
     learned = f"{_describe_learned(sides, gains, _noun(liked, 'liked'))} {numbers}"
     # Fresh values are means of updates, over both labels: they do not tell how the labels differ
     return _learned(learned, values, "labels", evidence.seen or bool(evidence.fresh))
+
+
+def _judge_label(values: Values, side: str) -> str:
+    """Judge a method that learns from single outputs, all of which have the label `side`."""
+    gain, noun = mean_of(values[f"{side} gain"]), _noun(values, side)
+    numbers = f"({side} {gain.value:+.2g} ± {gain.error:.1g} against base)"
+    problem = broken(values, side)
+    if problem and side == "liked":
+        return f"the model is broken, {problem} {numbers}: lower train.lr"
+    change = {1: "improved", 0: "did not change", -1: "got worse"}[gain.sign]
+    other = "disliked" if side == "liked" else "liked"
+    return f"{side} {noun} {change} {numbers}; none of those measured is {other}: add {other} ones to tell the labels"
 
 
 def _of_label(values: Values, side: str) -> dict[str, Sequence[float]]:

@@ -192,6 +192,18 @@ def test_thumbs_are_judged_by_the_gains_of_each_label() -> None:
     assert verdict(thumbs(-0.2, -0.4)).startswith("the model is broken, its error is")
 
 
+def test_thumbs_of_one_label_are_judged_by_their_gain() -> None:
+    values = thumbs(0.05, -0.02)
+    liked, disliked = ({name: column[part] for name, column in values.items()} for part in (slice(4), slice(4, 8)))
+    assert verdict(liked).startswith("liked images improved (liked +0.05 ± ")
+    assert verdict(liked, seen=True).endswith(
+        "; none of those measured is disliked: add disliked ones to tell the labels"
+    )
+    assert verdict(disliked).startswith("disliked images got worse (disliked -0.02 ± ")
+    worse = {name: column[:4] for name, column in thumbs(-0.2, 0.0).items()}
+    assert verdict(worse).startswith("the model is broken, its error is")
+
+
 @pytest.mark.parametrize(
     ("rewards", "expected"),
     [
