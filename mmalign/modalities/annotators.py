@@ -40,13 +40,18 @@ def mixture_of(model: ImageJudgeModel) -> AnnotatorMixture:
     """Return the mixture of the judge to which a recipe adds annotators.
 
     Raises:
-        ValueError: the judge has none, or its file is damaged.
+        ValueError: the judge has none, or one prototype alone, or its file is damaged.
     """
     mixture = load_mixture(Path(resolve_model(model.path)))
     if mixture is None:
         raise ValueError(
             f"model.tune: annotators: the judge {model.path} has no annotators to add any to; name the folder of a "
             "judge that was trained with model.annotators as model.path, or train one first with model.annotators: {}"
+        )
+    if mixture.prototypes == 1:
+        raise ValueError(
+            f"model.tune: annotators: the judge {model.path} has one prototype, which everybody shares; expected at "
+            "least two; train a judge with model.annotators.prototypes: 2 first"
         )
     return mixture
 

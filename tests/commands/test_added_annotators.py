@@ -150,6 +150,15 @@ def test_a_judge_without_annotators_is_refused(tiny_clip: Path, tmp_path: Path) 
         mmalign.train(load_recipe(added(tiny_clip, tmp_path)), dry_run=True)
 
 
+def test_a_judge_of_one_prototype_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
+    family = image_judge.load(str(tiny_clip), CPU)
+    family.add_annotators(["ann"], prototypes=1, form="angle", seed=0)
+    family.save(tmp_path / "judge", family.network)
+    write_pairs(tmp_path / "pairs.parquet", ["eve", "eve"])
+    with pytest.raises(ValueError, match=r"has one prototype, which everybody shares; .*prototypes: 2 first"):
+        mmalign.train(load_recipe(added(tmp_path / "judge", tmp_path)), dry_run=True)
+
+
 @pytest.mark.parametrize("model", ["models/tiny_sd", "models/tiny_llava"])
 def test_other_models_have_no_annotators_to_tune(model: str) -> None:
     method, modality = {"models/tiny_sd": "diffusion_dpo", "models/tiny_llava": "dpo"}[model], {"path": "x.parquet"}
