@@ -222,11 +222,16 @@ def build(folder: Path) -> Judges:
     return Judges(folder, judge)
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the pairs and runs")
+    return parser.parse_args(arguments)
+
+
 def main() -> None:
     """Run the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    folder = parser.parse_args().output
+    folder = parse().output
     logging.disable(logging.INFO)
     judges = build(folder)
     searched, tested = (
