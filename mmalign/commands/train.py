@@ -52,7 +52,7 @@ class Trained:
         steps: updates done in total.
         seconds: duration of this call.
         verdict: a sentence on the run's outcome.
-        history: the mean metrics of every report of this call.
+        history: the mean metrics of every report of the run, also of calls before a resume.
     """
 
     folder: Path
@@ -282,7 +282,8 @@ def _roll_back(run: TrainingRun, saved: checkpoint.Checkpoint, output: Path) -> 
     position, left_out = run.progress, run.train_state.guard.left_out + 1
     run.train_state.optimizer.zero_grad()
     resume(run, saved, output)
-    run.progress = replace(run.progress, epoch=position.epoch, batch=position.batch, seconds=position.seconds)
+    # The time that was spent, too; the number of updates is the checkpoint's
+    run.progress = replace(position, step=run.progress.step, pending=run.progress.pending)
     run.train_state.guard.left_out = left_out
 
 

@@ -3,16 +3,18 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from mmalign.commands import train as command
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
 from mmalign.training import checkpoint
 from mmalign.training.guard import FIRST, MAX_BAD, Guard
-from mmalign.training.loop import BadUpdateError
+from mmalign.training.loop import BadUpdateError, Progress
 from tests.helpers import data_files, recipes
 from tests.helpers.linear_runs import Regression, Run, data, of
 from tests.helpers.runs import assert_same, train_weights
@@ -118,6 +120,20 @@ def test_rollback_goes_on_past_the_bad_batch(content: Content, log_lines: list[s
     (line,) = [line for line in log_lines if ": back to " in line]
     assert "the loss is not finite after update 3, in batch 4 of epoch 0 (pairs.parquet: row " in line
     assert line.endswith("back to checkpoint-00000002, and on with the next batch")
+
+
+def test_rollback_keeps_the_position_and_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Updates that are repeated have taken their time."""
+    run: Any = SimpleNamespace(progress=Progress(3, 1, 4, seconds=9.0, contrast_seconds=6.0))
+    run.train_state = SimpleNamespace(guard=Guard(left_out=1), optimizer=SimpleNamespace(zero_grad=lambda: None))
+
+    def resume(run: Any, *_: object) -> None:
+        run.progress = Progress(2, 0, 2, seconds=5.0, contrast_seconds=3.0)
+
+    monkeypatch.setattr(command, "resume", resume)
+    command._roll_back(run, run, tmp_path)
+    assert vars(run.progress) == vars(Progress(2, 1, 4, seconds=9.0, contrast_seconds=6.0))
+    assert run.train_state.guard.left_out == 2
 
 
 @pytest.mark.slow
