@@ -66,8 +66,11 @@ class TrainedModel:
         check_base_model(self.info, self.folder, family)
         if self.saved is None:
             return loading.load_trained_policy(family, self.folder)
-        # From a checkpoint: the policy as built for training, with the trained weights in it
-        policy: Policy = build_policy(family, self.recipe, with_reference=True)
+        # From a checkpoint: the policy as built for training, with the trained weights in it. It stays whole on the
+        # family's device, and neither side is compiled.
+        recipe = self.recipe
+        whole = recipe.train.model_copy(update={"sharding": "none", "compile": False})
+        policy: Policy = build_policy(family, recipe.model_copy(update={"train": whole}), with_reference=True)
         own, weights = trainable_weights(policy.unwrapped), self.saved.weights
         if own.keys() != weights.keys():
             raise ValueError(f"{self.folder}: has other weights than the model; train again")

@@ -24,8 +24,10 @@ from typer.testing import CliRunner
 
 import mmalign
 from mmalign import cli
+from mmalign.commands._trained import TrainedModel
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
+from mmalign.data.caches.fingerprint import fingerprint_weights
 from mmalign.families.diffusion import export as export_module
 from mmalign.families.diffusion import lora_names
 from mmalign.families.diffusion.flow_matching import JOINT
@@ -33,7 +35,10 @@ from mmalign.families.diffusion.lora_files import load_lora
 from mmalign.families.loading import load_family
 from mmalign.families.lora import ADAPTERS, adapter_layers
 from mmalign.families.types import Loading, LoraSettings
-from mmalign.training.export import read_run_info
+from mmalign.policy import FrozenCopy, sharding
+from mmalign.training.checkpoint import Checkpoint
+from mmalign.training.export import RunInfo, read_run_info
+from mmalign.training.record import Record
 from tests.helpers import Folders, data_files, first_fast, flow_models, recipes
 from tests.helpers.commands import UNET
 from tests.helpers.loading import load_diffusion, load_vlm
@@ -296,6 +301,23 @@ def test_a_stopped_run_is_evaluated_and_shown(run: Path, tmp_path: Path) -> None
     assert done.folder == stopped / "evaluation-00000002"
     assert done.result["chosen gain"] == pytest.approx(end.result["chosen gain"], rel=1e-4)  # the scale is folded
     assert end.result["chosen gain"] != mmalign.evaluate(recipe, checkpoint="1").result["chosen gain"]
+
+
+def test_checkpoint_of_a_sharded_run_is_loaded_whole(
+    tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sharded run begins on the host, and only shards leave it."""
+    moved = list[object]()
+    monkeypatch.setattr(sharding, "move_to_host", lambda net, _: moved.append(net))
+    recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, train={"sharding": "fsdp2", "compile": True}))
+    family: Any = load_diffusion(tiny_sd15)
+    identity = {"model": fingerprint_weights(family.network), "pairs": "", "pairs of a batch": "2"}
+    record, weights = Record(recipe.model_dump()), {n: x + 1 for n, x in family.network.named_parameters()}
+    saved = Checkpoint(weights, {}, 1, True, record, identity)
+    policy = TrainedModel(tmp_path, RunInfo(1, 0.0, identity, record), saved).load(family)
+    assert_same(dict(policy.unwrapped.named_parameters()), weights)
+    assert isinstance(policy.reference, FrozenCopy) and not moved
+    assert not any(part._compiled_call_impl for part in policy.reference.model.modules())
 
 
 @pytest.mark.parametrize(
