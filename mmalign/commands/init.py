@@ -95,8 +95,9 @@ def init(
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists already; name another file with --output, or give --overwrite")
     given: Any = override({}, overrides)
-    folder = _configuration(model, given.get("model", {}).get("config"))
-    modality, kind = loading.recognize(folder)
+    of_model = given.get("model", {})
+    folder, revision = _configuration(model, of_model.get("config")), of_model.get("revision")
+    modality, kind = loading.recognize(folder, revision)
     several, thumbs = images.layouts(EDITORS[kind].sources) if kind in EDITORS else LAYOUTS[modality]
     of_thumbs = method is not None and learns_from_thumbs(method)
     columns = _recognize_data(data, modality, given.get("data", {}), several, thumbs if of_thumbs else None)
@@ -118,7 +119,7 @@ def init(
     with muted():
         pairs, _ = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
     if modality == "text_to_image" and columns["format"] != "prompts":
-        _fit_images(draft, pairs, loading.default_side(folder))
+        _fit_images(draft, pairs, loading.default_side(folder, revision))
     _fit_numbers(draft, pairs, recipe)
     draft.known.append(f"Data: {pairs.summary()}")
     _fit_machine(draft)
@@ -327,10 +328,20 @@ def _fit_memory(draft: _Draft, overrides: Sequence[str], memory: float | None) -
     except ValueError as error:
         draft.unknown.append(f"memory: {first_line(error)}")
         return
-    # All that were tried, up to the first that fits
-    settings = [setting for remedy in cost.remedies for setting in remedy.settings]
+    # All that were tried, up to the first that fits; what the user has given stays
+    given = [assignment.partition("=")[0].strip() for assignment in overrides]
+    refused = [
+        remedy
+        for remedy in cost.remedies
+        if any(f"{setting.partition('=')[0]}.".startswith(f"{key}.") for setting in remedy.settings for key in given)
+    ]
+    settings = [setting for remedy in cost.remedies if remedy not in refused for setting in remedy.settings]
     draft.tree = override(draft.tree, settings)
     draft.notes |= {setting.partition("=")[0]: f"to fit {memory:g} GiB" for setting in settings}
+    if refused:
+        kept = ", ".join(" ".join(remedy.settings) for remedy in refused)
+        draft.unknown.append(f"memory: to fit {memory:g} GiB `mmalign plan` would set {kept}, and you have set others")
+        return
     peak = cost.remedies[-1].peak if cost.remedies else cost.peak
     draft.known.append(f"Memory: {peak / GIB:.1f} of {memory:g} GiB at the peak, by `mmalign plan`.")
     if peak > memory * GIB * (1 - MARGIN):

@@ -210,3 +210,32 @@ def test_memory_of_the_card_decides_what_is_switched_on(
     assert (recipe.train.batch_size, recipe.train.gradient_accumulation_steps) == (1, 2)
     assert "batch_size: 1  # to fit 1 GiB" in output.read_text()
     assert ("a setting that fits" not in output.read_text()) == fits
+
+
+def test_what_the_user_gives_is_not_lowered_to_fit(
+    tiny_sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a remedy would make another batch."""
+    smaller = plan.Remedy(("train.batch_size=1", "train.gradient_accumulation_steps=8"), plan.GIB // 2)
+    checkpoints = plan.Remedy(("train.gradient_checkpointing=true",), plan.GIB)
+    cost = SimpleNamespace(peak=2 * plan.GIB, remedies=[checkpoints, smaller])
+    monkeypatch.setattr("mmalign.commands.init.compute", lambda *_: cost)
+    given, data = "train.batch_size=2", str(pick_a_pic(tmp_path / "pairs.parquet", 20))
+    before: Any = load_recipe(init(str(tiny_sdxl), data, [given], output=tmp_path / "before.yaml"))
+    output = tmp_path / "mine.yaml"
+    recipe: Any = load_recipe(init(str(tiny_sdxl), data, [given], output=output, memory=1.0))
+    assert recipe.train == before.train.model_copy(update={"gradient_checkpointing": True})
+    assert "# Unknown: memory: to fit 1 GiB" in output.read_text()
+
+
+def test_the_given_revision_is_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[object]()
+
+    def recognize(*given: object) -> None:
+        asked.extend(given)
+        raise ValueError("asked")
+
+    monkeypatch.setattr("mmalign.commands.init.loading.recognize", recognize)
+    with pytest.raises(ValueError, match="asked"):
+        init("owner/name", str(tmp_path), ["model.revision=v2"], output=tmp_path / "mine.yaml")
+    assert asked == ["owner/name", "v2"]
