@@ -28,7 +28,9 @@ from mmalign.commands import preflight
 from mmalign.commands._bench_meters import PARTS, Meter, machine, now, peak_rate
 from mmalign.commands._bench_run import Run, build, count_operations, peak_bytes, weights
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.commands.train import pairs_per_update
 from mmalign.config import Recipe
+from mmalign.methods import requirements_of
 from mmalign.modalities import loading
 from mmalign.reading.weights import plain_tensors
 from mmalign.training.launch import open_accelerator
@@ -48,7 +50,7 @@ class Measured:
     """Raw numbers of a run.
 
     Attributes:
-        num_pairs: pairs of an update, over all processes.
+        num_pairs: pairs of an update, over all processes; two generated outputs are a pair.
         operations: operations of an update by part, of one process.
         repeated: operations that backward repeats with gradient checkpointing.
         weight_bytes: bytes of all networks.
@@ -118,15 +120,15 @@ def open_common_accelerator(recipes: Mapping[str, Recipe]) -> Any:
     Raises:
         ValueError: only some recipes scale gradients (float16), or float16 has no GPU.
     """
-    options = next(iter(recipes.values())).train
+    first = next(iter(recipes.values()))
     precisions = dict.fromkeys(recipe.train.precision for recipe in recipes.values())
     if "float16" in precisions and len(precisions) > 1:
         raise ValueError(
             f"--variant: got train.precision: {', '.join(precisions)}; expected float16 for all runs or for none, "
             "since only float16 scales gradients; measure float16 alone, with --set"
         )
-    preflight.check_precision(options)
-    return open_accelerator(options)
+    preflight.check_precision(first.train)
+    return open_accelerator(first.train, rank_timeout=first.limits.rank_timeout)
 
 
 @contextlib.contextmanager
@@ -182,8 +184,8 @@ def count(run: Run, before: int) -> Measured:
     )
     step_bytes = peak_bytes(run, before) - num_bytes
     operations, repeated = count_operations(run)
-    options = run.recipe.train
-    num_pairs = options.batch_size * options.gradient_accumulation_steps * run.train_state.accelerator.num_processes
+    recipe, num_processes = run.recipe, run.train_state.accelerator.num_processes
+    num_pairs = pairs_per_update(recipe.train, requirements_of(recipe.method), num_processes)
     return Measured(num_pairs, operations, repeated, num_bytes, step_bytes)
 
 

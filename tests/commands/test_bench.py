@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,18 @@ def test_costs_and_ratios_by_hand() -> None:
     assert ratio["measured / by operations"] == pytest.approx(2 / (4 / 3))
 
 
+def test_two_generated_images_are_a_pair(tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 prompts of 6 images, 3 times in an update, on 2 processes: as the log of a training counts them."""
+    method = {"name": "dgpo", "reward": {"path": "x"}, "generation": {"images": 6}}
+    train = {"batch_size": 2, "gradient_accumulation_steps": 3}
+    recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path, method=method, train=train))
+    for name, result in (("weights", []), ("peak_bytes", 0), ("count_operations", ({}, 0))):
+        monkeypatch.setattr(command, name, lambda *_, result=result: result)
+    state = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2))
+    run: Any = SimpleNamespace(recipe=recipe, train_state=state, updates=lambda *_: 1)
+    assert command.count(run, 0).num_pairs == 2 * 3 * 2 * 3
+
+
 @pytest.mark.slow
 def test_bench_command_writes_numbers(tiny_sd15: Path, tmp_path: Path) -> None:
     file, numbers = tmp_path / "recipe.yaml", tmp_path / "numbers" / "bench.json"
@@ -141,7 +154,7 @@ class Double:
 def test_bench_of_two_processes_counts_all_pairs(
     tiny_sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "open_accelerator", lambda _: Double())
+    monkeypatch.setattr(command, "open_accelerator", lambda *_, **__: Double())
     # With a cache, the other process' share of it would be missing.
     report = bench(recipes.diffusion_in(tiny_sd15, tmp_path), overrides=[OFF], repeats=1)
     assert report.title.endswith("2 pairs on each of 2 processes")
