@@ -31,7 +31,7 @@ from mmalign.families.vlm.image_features import backend_name, move_parameters
 from mmalign.modalities import loading, modality_of
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.rng import KeyedRNG
-from mmalign.training.launch import connect, name_lost_processes
+from mmalign.training.launch import GOES_ON, connect, name_lost_processes
 from mmalign.training.run import MAX_VALIDATION_BATCHES
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def cache(recipe: Recipe) -> Path:
     splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
     output = atomic_io.make_folder("output", Path(recipe.output))
     accelerator = connect(recipe.limits.rank_timeout)
-    resume = "the same command goes on from the stored pieces"
-    with atomic_io.folder_lock(output), name_lost_processes(recipe.limits.rank_timeout, lambda: resume):
+    with atomic_io.folder_lock(output), name_lost_processes(recipe.limits.rank_timeout, lambda: GOES_ON):
         family = loading.load_for_training(recipe, accelerator.device)
         data_module = build_filled_data_module(recipe, family, accelerator=accelerator, splits=splits)
     folder = cache_folder(recipe.data, output)

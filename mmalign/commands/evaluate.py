@@ -24,6 +24,7 @@ from mmalign.evaluation.metrics import Table
 from mmalign.methods import Requirements, requirements_of
 from mmalign.modalities import SAMPLES, Result, loading, modality_of
 from mmalign.training.export import RunInfo
+from mmalign.training.launch import GOES_ON, name_lost_processes
 from mmalign.training.processes import connect_processes, current_processes
 
 RESULT = "result.json"  # in every folder of an evaluation
@@ -66,6 +67,7 @@ def evaluate(recipe: Recipe, *, checkpoint: str | int | None = None) -> Evaluati
     Raises:
         ValueError: the recipe has no `evaluate` section, a file of it is missing or invalid, or there is no trained
             model.
+        ConnectionError: another process of the launch ended or stopped answering.
     """
     section, modality = recipe.evaluate, modality_of(recipe)
     if section is None:
@@ -77,12 +79,13 @@ def evaluate(recipe: Recipe, *, checkpoint: str | int | None = None) -> Evaluati
         needed = "needs a validation split; set data.validation_fraction, for example to 0.1"
         raise ValueError(f"evaluate: {section.benchmark} {needed}")
     preflight.check(recipe, "evaluation", data=of_pairs)
-    connect_processes()
+    minutes = recipe.limits.rank_timeout
+    connect_processes(minutes)
     # Scores of answer files, or a trained model to generate with
     scored = modality.score_files(recipe)
     trained = find_trained(recipe, checkpoint) if scored is None else None  # nothing is written without a trained model
     output = atomic_io.make_folder("output", Path(recipe.output))
-    with atomic_io.folder_lock(output):
+    with atomic_io.folder_lock(output), name_lost_processes(minutes, lambda: GOES_ON):
         folder = output / f"evaluation{trained.suffix if trained is not None else ''}"
         atomic_io.check_owned(folder, RESULT)
         if trained is not None:

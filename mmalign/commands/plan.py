@@ -259,7 +259,7 @@ def _probe(recipe: Recipe) -> tuple[int, int]:
     # Pairs of one update, all for training
     data = recipe.data.model_copy(update={"limit": pairs, "validation_fraction": 0.0})
     recipe = recipe.model_copy(update={"data": data})
-    accelerator = open_accelerator(options)
+    accelerator = open_accelerator(options, rank_timeout=recipe.limits.rank_timeout)
     on_card = accelerator.device.type == "cuda"
     splits = modality_of(recipe).open_pairs(recipe, methods.requirements_of(recipe.method))
     predicted = estimate(recipe, splits, on_card=on_card).training(options.batch_size, all_stay=not on_card)

@@ -9,6 +9,7 @@ from mmalign.commands import preflight
 from mmalign.config import Recipe
 from mmalign.modalities import modality_of
 from mmalign.synthesis.rejected_responses import Writer
+from mmalign.training.launch import GOES_ON, name_lost_processes
 from mmalign.training.processes import connect_processes
 
 
@@ -24,6 +25,7 @@ def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
 
     Raises:
         ValueError: there is no `prepare` section, the file exists, another process writes it, or no pair was found.
+        ConnectionError: another process of the launch ended or stopped answering.
     """
     modality = modality_of(recipe)
     if modality.prepare is None:
@@ -31,8 +33,9 @@ def prepare(recipe: Recipe, *, writer: Writer | None = None) -> Path:
     if recipe.prepare is None:
         raise ValueError(f"prepare: the recipe has no such section; add one: {modality.example_preparation}")
     preflight.check(recipe, "preparation", data=False)
-    connect_processes()
+    minutes = recipe.limits.rank_timeout
+    connect_processes(minutes)
     path = Path(recipe.data.path)
     make_folder("data.path", path.parent)
-    with file_lock(path):
+    with file_lock(path), name_lost_processes(minutes, lambda: GOES_ON):
         return modality.prepare(recipe, writer)

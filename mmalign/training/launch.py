@@ -173,6 +173,8 @@ def connect(rank_timeout: float | None = None, **options: Any) -> Accelerator:
     return accelerator
 
 
+GOES_ON = "the same command goes on from the stored pieces"  # how commands resume that store each finished piece
+
 # Words of gloo and NCCL for a process that has ended, or that was waited for in vain
 _LOST = ("connection closed by peer", "connection reset by peer", "timed out waiting", "broken pipe", "watchdog caught")
 

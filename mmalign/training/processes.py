@@ -63,15 +63,18 @@ class Processes:
         return result  # type: ignore[return-value]  # of the main process
 
 
-def connect_processes() -> Processes:
+def connect_processes(rank_timeout: float) -> Processes:
     """Connect the processes of a launch; a command that was not launched is one process.
+
+    Args:
+        rank_timeout: minutes for which a process waits for the others.
 
     Raises:
         ValueError: the launched processes do not know of one another.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
-    accelerator = connect()
+    accelerator = connect(rank_timeout)
     return Processes(accelerator.process_index, accelerator.num_processes)
 
 

@@ -3,13 +3,17 @@
 import json
 import shutil
 import socket
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmalign.commands import evaluate, prepare, train
+from mmalign.commands import bench, evaluate, plan, prepare, train
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.training import launch as launch_module
+from mmalign.training import processes as processes_module
 from mmalign.training.processes import Processes, connect_processes, current_processes
 from tests.helpers import Folders, data_files, forked, recipes
 
@@ -42,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_one_process_has_all_the_work() -> None:
-    alone = connect_processes()
+    alone = connect_processes(1.0)
     assert alone == current_processes() == Processes(0, 1) and alone.is_main
     assert all(alone.is_mine(index) for index in range(3))
     assert alone.gather("a") == ["a"] and alone.on_main(lambda: 3) == 3
@@ -51,6 +55,31 @@ def test_one_process_has_all_the_work() -> None:
 def test_pieces_are_dealt_out_once() -> None:
     shares = [[index for index in range(7) if Processes(rank, 3).is_mine(index)] for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+@pytest.mark.parametrize("command", [evaluate.evaluate, prepare.prepare, bench.bench, partial(plan.plan, probe=True)])
+def test_a_process_waits_as_long_as_the_recipe_says(
+    command: Callable[[Any], object],
+    tiny_sd15: Path,
+    tiny_clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    minutes = list[object]()
+
+    def connect(rank_timeout: float | None = None, **_: object) -> None:
+        minutes.append(rank_timeout)
+        raise ValueError("connected")
+
+    for module in (launch_module, processes_module):
+        monkeypatch.setattr(module, "connect", connect)
+    content = recipes.diffusion_in(tiny_sd15, tmp_path, limits={"rank_timeout": 7.0})
+    content["evaluate"] = {"benchmark": "scenes", "prompts": 2}
+    content["prepare"] = {"prompts": 2, "reward": {"path": str(tiny_clip)}}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="connected"):
+        command(load_recipe(content) if command is not bench.bench else content)
+    assert minutes == [7.0]
 
 
 @pytest.mark.slow
