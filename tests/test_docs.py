@@ -156,9 +156,9 @@ def check_python_call(piece: Piece, arguments: Sequence[str]) -> None:
 
 def load_requested(program: Any, options: Any) -> None:
     """Load the recipes that a program of tests.benchmarks would measure."""
-    from tests.benchmarks import against, cases, performance, step_signal, studies
+    from tests.benchmarks import against, cases, judge_annotators, performance, step_signal, studies
 
-    if program not in (performance, step_signal, studies):
+    if program not in (judge_annotators, performance, step_signal, studies):
         request = against.request_of(options)
         assert against.recipes_of(replace(request, source=cases.content_of(request.source, ROOT)))
 
