@@ -28,10 +28,11 @@ Preprocess = Callable[[Image], Tensor]
 
 
 class JudgedExample(NamedTuple):
-    """Images of a row, [K, 3, S, S] or features [K, D], and their scores [K], NaN for pairs."""
+    """Images of a row, [K, 3, S, S] or features [K, D], their scores [K], NaN for pairs, and ratings [K, A] if read."""
 
     images: Tensor
     scores: Tensor
+    ratings: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class JudgedImageReader:
         if not skipped and not pair.scores and torch.equal(*images):
             skipped = [SkippedRow(pair.location, SAME_SIDES, "same sides")]
         scores = torch.tensor(pair.scores or [torch.nan] * len(pair.outputs))
-        return skipped or JudgedExample(torch.stack(images), scores)
+        ratings = torch.tensor(pair.attributes) if pair.attributes else None
+        return skipped or JudgedExample(torch.stack(images), scores, ratings)
 
     def _read_image(self, ref: ImageRef) -> Tensor:
         if self.cache is None:
@@ -80,8 +82,9 @@ class JudgedImageReader:
             for side in range(scores.shape[1])
         ]
         rows, prompts = [pair.row for pair in pairs], [pair.prompt for pair in pairs]
-        ratings = [torch.tensor(pair.attributes) for pair in pairs]
-        rated = pad_scores(ratings) if pairs[0].attributes else None
+        # Those of the examples: a skipped row, with another's images, may have more of its own
+        ratings = [example.ratings for example in examples if example.ratings is not None]
+        rated = pad_scores(ratings) if ratings else None
         return JudgedImages(rows, prompts, torch.cat(sides), weights, scores, collate_labels(pairs), rated)
 
 
