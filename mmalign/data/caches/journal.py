@@ -41,6 +41,7 @@ class AppendLog(Generic[Piece]):
 
     def __init__(self, path: Path, job: Mapping[str, object], piece: type[Piece], *, is_writer: bool = True) -> None:
         self.path, self.entries, self._is_writer = path, list[Piece](), is_writer
+        self._size = 0  # bytes of the file that this log has read or written
         head = json.loads(json.dumps(job))  # as it reads back from JSON
         lines = self._whole_lines()
         if lines:
@@ -53,6 +54,11 @@ class AppendLog(Generic[Piece]):
         """Append a piece and flush it to disk."""
         self._write(piece)
         self.entries.append(piece)
+
+    @property
+    def is_outdated(self) -> bool:
+        """True if another process has written to the file since, or removed it."""
+        return not self.path.exists() or self.path.stat().st_size != self._size
 
     def remove(self) -> None:
         """Delete the file; call it once the job's result is written."""
@@ -72,6 +78,7 @@ class AppendLog(Generic[Piece]):
             return []
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read ({error.strerror}); move it away to start over") from error
+        self._size = len(whole)
         return whole.split(_END)[:-1]
 
     def _parse(self, kind: type[Piece], number: int, line: bytes) -> Piece:
@@ -102,11 +109,15 @@ class AppendLog(Generic[Piece]):
             return
         line = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass") + _END
         with _locked(self.path, "ab", fcntl.LOCK_EX) as file:
-            if is_first and os.fstat(file.fileno()).st_size:
+            before = os.fstat(file.fileno()).st_size
+            if is_first and before:
                 return
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+            # Lines of others in between are unread
+            if before == self._size:
+                self._size += len(line)
 
 
 @contextlib.contextmanager

@@ -63,8 +63,8 @@ class ScoreCache:
 
     def scores(self, keys: Sequence[str], judge: Callable[[Sequence[int]], Tensor]) -> Tensor:
         """Return the scores [N] of outputs by their keys, float32, on the CPU; `judge` scores rows without one."""
-        # Another run may have stored them since the last reading
-        if not self._scores.keys() >= set(keys):
+        # Another run may have stored them since the last reading; the writer reads for all
+        if self._processes.rank == 0 and not self._scores.keys() >= set(keys) and self._log.is_outdated:
             self._read_log()
         num_stored = sum(key in self._scores for key in keys)
         if num_stored:

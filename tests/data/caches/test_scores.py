@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmalign.data.caches import journal
 from mmalign.data.caches.fingerprint import fingerprint_judge
 from mmalign.data.caches.scores import CHUNK, CachedJudge, CachedResponseJudge, ScoreCache
 from mmalign.rewards import Truths
@@ -196,3 +197,17 @@ def test_processes_judge_in_turn_and_write_what_one_would(tmp_path: Path) -> Non
     assert all(torch.equal(each, alone) for each in scores)
     assert [judge.judged for judge in judges] == [4, 4, 3]
     assert (tmp_path / "three/x.jsonl").read_bytes() == (tmp_path / "one/x.jsonl").read_bytes()
+
+
+def test_a_file_that_nobody_else_writes_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long job calls its judge many times; each reading of all scores so far would make it quadratic."""
+    readings, check = list[object](), journal.check_file
+    monkeypatch.setattr(journal, "check_file", lambda path: (readings.append(path), check(path)))
+    counting = Counting()
+    judge, other = (CachedJudge(counting, stored(tmp_path, "x")) for _ in range(2))
+    readings.clear()
+    for number in range(5):
+        judge([RED], [f"{number}"])
+    assert not readings and counting.judged == 5
+    other([RED] * 2, ["4", "5"])
+    assert len(readings) == 1 and counting.judged == 6
