@@ -67,7 +67,7 @@ def _budget_problem(case: Case, views: Mapping[str, ImageView], tokens: Response
         return f"the prompt with its images has {start:,} tokens, the limit is {limit:,}; the pair is skipped"
     if longest <= limit:
         return ""
-    if case.pair.rejected and rows[0].ids[:limit] == rows[1].ids[:limit]:
+    if case.pair.rejected and not case.pair.scores and rows[0].ids[:limit] == rows[1].ids[:limit]:
         return f"the responses first differ after {limit:,} tokens; the pair is skipped"
     return f"prompt and response have up to {longest:,} tokens, the limit is {limit:,}; the end is cut"
 
@@ -80,7 +80,8 @@ def template(corpus: Corpus) -> list[Place] | NotChecked:
     places = list(two_prompts)
     for case in corpus.cases:
         assert isinstance(case.pair, ResponsePair)
-        problem = tokens.processor.template_problem(case.pair.turns, case.pair.responses)
+        responses = [*case.pair.responses, *filter(None, [case.pair.hallucinated])]
+        problem = tokens.processor.template_problem(case.pair.turns, responses)
         if problem is not None:
             places.append(place(case, problem))
     return places
