@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmalign.config import ImageModel, ImageSize, SamplingConfig
 from mmalign.console import tracked
+from mmalign.data.caches import fingerprint
 from mmalign.data.caches.images import ImageCache
 from mmalign.data.images import decode, prepare
 from mmalign.data.pairs import ImageRef
@@ -20,10 +21,18 @@ from mmalign.families.base import TextToImage
 from mmalign.training.processes import current_processes
 
 
-def cache_settings(model: ImageModel, precision: str, sampling: SamplingConfig) -> dict[str, object]:
-    """Return the settings that images depend on, apart from the denoiser's weights."""
+def cache_settings(
+    family: TextToImage, model: ImageModel, precision: str, sampling: SamplingConfig
+) -> dict[str, object]:
+    """Return all that images depend on, apart from the denoiser's weights: settings, encoders and noise schedule."""
     vae = {"vae": model.vae, "vae_dtype": model.vae_dtype}
-    return {"sampling": sampling.model_dump(), "precision": precision, **vae}
+    parts = {
+        "encoders": {name: fingerprint.fingerprint_network(net) for name, net in family.encoders()},
+        "tokenizers": fingerprint.fingerprint_tokenizer(family),
+        "schedule": fingerprint.fingerprint_schedule(family.schedule),
+        "config": fingerprint.fingerprint_config(family.network),
+    }
+    return {"sampling": sampling.model_dump(), "precision": precision, **vae, **parts}
 
 
 def generate_images(

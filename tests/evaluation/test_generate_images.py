@@ -1,7 +1,9 @@
 """Image cache: a stopped run resumes, and no image is generated twice."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,9 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from mmalign.config import SamplingConfig
+from mmalign.config import ImageModel, SamplingConfig
 from mmalign.data.caches.images import ImageCache
-from mmalign.evaluation.generate_images import generate_images
+from mmalign.evaluation.generate_images import cache_settings, generate_images
 
 PROMPTS, SEEDS = ["a fox", "a fox", "a car", "a bus", "a cat"], [0, 1, 2, 3, 4]
 
@@ -65,3 +67,25 @@ def test_other_settings_have_their_own_cache(tmp_path: Path) -> None:
     other_painter = Painter()
     generate(other_painter, ImageCache(tmp_path, {"model": "b"}))
     assert len(other_painter.calls) == 3
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Schedule of one number."""
+
+    level: float
+
+
+def test_images_depend_on_encoders_and_schedule() -> None:
+    """Two models may share a denoiser and differ in all else."""
+
+    def settings(seed: int, level: float) -> dict[str, object]:
+        encoder = nn.Linear(1, 1)
+        nn.init.constant_(encoder.weight, seed)
+        nn.init.zeros_(encoder.bias)
+        parts = {"encoders": lambda: [("text", encoder)], "schedule": Noise(level), "network": nn.Identity()}
+        family: Any = SimpleNamespace(pipeline=None, **parts)
+        return cache_settings(family, ImageModel(path="x"), "float32", SamplingConfig())
+
+    assert settings(0, 0.5) == settings(0, 0.5)
+    assert settings(0, 0.5) != settings(1, 0.5) and settings(0, 0.5) != settings(0, 0.6)

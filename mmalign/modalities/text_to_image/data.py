@@ -205,6 +205,8 @@ def _fill_text(
     """
     depends = {name: fingerprint.fingerprint_network(net) for name, net in encoders.items()}
     depends["tokenizers"] = fingerprint.fingerprint_tokenizer(family)
+    # The encoder sees the sources as they are cropped or padded, which their keys do not tell
+    depends |= {"fit": data.fit} if edits else {}
     text = ArrayCache.open(cache_folder(data, output) / "text", depends)
     share = partial(text.share, rank=accelerator.process_index, world_size=accelerator.num_processes)
     # Edits if the encoder sees their sources, else prompts; each process encodes its share

@@ -297,6 +297,6 @@ def _caches(
     # The base model is the one that the training began with
     models = identity["trained"]["identity"]["model"], fingerprint.fingerprint_weights(policy.unwrapped)
     assert isinstance(recipe.model, ImageModel)
-    settings = cache_settings(recipe.model, recipe.train.precision, section.sampling)
+    settings = cache_settings(policy.family, recipe.model, recipe.train.precision, section.sampling)
     before, after = (ImageCache(folder, {**settings, "model": model}) for model in models)
     return before, after

@@ -69,7 +69,7 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     prompts, sources = [prompt.text for prompt in repeated], sources_of(repeated)
     seeds = [section.seed * 1_000_003 + i for i in range(len(prompts))]
     assert isinstance(recipe.model, ImageModel)
-    settings = cache_settings(recipe.model, recipe.train.precision, section.sampling)
+    settings = cache_settings(family, recipe.model, recipe.train.precision, section.sampling)
     cache = ImageCache(unfinished(path), {**settings, "model": fingerprint.fingerprint_weights(family.network)})
     images = generate_images(family, family.network, prompts, seeds, section.sampling, cache, sources)
     scores = reward_model(images, prompts).tolist()

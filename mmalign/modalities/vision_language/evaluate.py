@@ -13,10 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from mmalign import atomic_io
-from mmalign.config import DecodingConfig, EvaluateResponses, Recipe, ResponseModel, Rewards
+from mmalign.config import DecodingConfig, EvaluateResponses, Recipe, Rewards
 from mmalign.config.evaluation import Combine
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.answers import AnswerCache
+from mmalign.data.caches.image_features import tokenizer_dependencies
 from mmalign.data.data_module import Splits
 from mmalign.data.formats.files import records
 from mmalign.data.pairs import format_rows
@@ -246,7 +247,6 @@ def _ask(
     identity: Mapping[str, Any],
 ) -> Answers:
     """Return both models' answers to all questions, cached or generated."""
-    assert isinstance(recipe.model, ResponseModel)
     folder = _folder(recipe, section)
     atomic_io.make_folder("evaluate.cache", folder)
     # All that answers depend on besides the model and its decoding
@@ -254,7 +254,8 @@ def _ask(
         "precision": recipe.train.precision,
         "seed": section.seed,
         "images": section.images or section.questions or section.benchmark,
-        "template_arguments": recipe.model.template_arguments,
+        "config": fingerprint.fingerprint_config(policy.family.network),
+        **tokenizer_dependencies(policy.family),
     }
     models = identity["trained"]["identity"]["model"], fingerprint.fingerprint_weights(policy.unwrapped)
     processes, best = current_processes(), section.best_of
