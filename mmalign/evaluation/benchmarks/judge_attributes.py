@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -55,6 +56,8 @@ def audit(
         counts = np.stack([(truth - predicted) ** 2, np.ones_like(truth)], axis=-1)
         (error,) = cluster_jackknife([counts], root, groups, bounds=[(0.0, math.inf)])
         correlation = rank_correlation(truth, predicted, groups)
+        # No error is 0, which is no hypothesis
+        error = replace(error, p=None)
         numbers = {"error": error.as_dict(), "correlation": correlation.as_dict()}
         part[name] = {"images": len(rated), "spread": float(truth.std()), **numbers}
         table.append((name, str(len(rated)), f"{truth.std():.3g}", str(error), str(correlation)))
