@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from mmalign.language.objects import Variant, Vocabulary, coco_vocabulary, vocabulary
 from mmalign.reading import read_json
+from mmalign.resources import locate
 
 CROWDS = "crowds"
 
@@ -31,7 +32,7 @@ def load_vocabulary(key: str, name: str) -> Vocabulary:
             return coco_vocabulary(variant)
     # A file of words
     expected = f"{', '.join((*get_args(Variant), CROWDS))}, or a JSON file {{object: [synonyms]}}"
-    content: Any = read_json(Path(name), f"expected {expected}", f"{key}: {name}")
+    content: Any = read_json(Path(locate(name)), f"expected {expected}", f"{key}: {name}")
     listed = isinstance(content, dict) and all(isinstance(words, list) for words in content.values())
     if not listed or not all(isinstance(word, str) for words in content.values() for word in words):
         raise ValueError(f"{key}: {name} does not hold lists of words by object; expected {expected}")

@@ -38,3 +38,9 @@ def test_a_file_that_is_no_vocabulary(content: str | None, sentence: str, tmp_pa
         load_vocabulary("prepare.povid.vocabulary", str(tmp_path / "own.json"))
     message = str(raised.value)
     assert message.startswith(f"prepare.povid.vocabulary: {tmp_path / 'own.json'}") and sentence in message
+
+
+def test_a_file_of_the_project_has_its_name_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.json").write_text('{"dog": []}')
+    monkeypatch.setattr("mmalign.resources.roots", lambda: [Path(), tmp_path])
+    assert load_vocabulary("key", "own.json").objects == ("dog",)

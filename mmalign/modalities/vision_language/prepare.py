@@ -214,7 +214,7 @@ def _open(section: PrepareResponses) -> Pairs[ResponsePair]:
         return open_responses(
             source.format,
             locate(source.path),
-            images=Path(source.images) if source.images is not None else None,
+            images=Path(locate(source.images)) if source.images is not None else None,
             split=source.split,
             columns=source.columns,
             limit=source.limit,

@@ -7,6 +7,8 @@ import pytest
 
 from mmalign.commands import prepare
 from mmalign.commands.load_recipe import load_recipe
+from mmalign.config import PrepareResponses
+from mmalign.modalities.vision_language.prepare import _open
 from tests.helpers import Folders
 from tests.helpers.preparation import REALIGN, answers, prepared, refused
 
@@ -114,3 +116,15 @@ def test_images_in_a_table_cannot_be_named_in_json(content: Any, tmp_path: Path)
 def test_a_model_that_cannot_be_blinded_is_refused(content: Any, vlm_folders: Folders, tmp_path: Path) -> None:
     message = refused(content("bdhs"), f"model.path={vlm_folders('qwen3_5')}")
     assert message.startswith("model.path: BDHS masks an image for ") and not list(tmp_path.glob("made*"))
+
+
+def test_images_of_the_project_have_their_name_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = answers(tmp_path / "rows", ["A dog."])
+    (tmp_path / "pictures").mkdir()
+    for picture in source.parent.glob("*.png"):
+        picture.rename(tmp_path / "pictures" / picture.name)
+    monkeypatch.setattr("mmalign.resources.roots", lambda: [Path(), tmp_path])
+    section = PrepareResponses.model_validate(
+        {"kind": "povid", "source": {"path": "rows/answers.jsonl", "images": "pictures"}}
+    )
+    assert len(_open(section)) == 1
