@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmalign.synthesis.confidence import is_sure, log_odds
+from mmalign.synthesis.confidence import is_sure
 from mmalign.synthesis.unfinished import write_final
 from mmalign.synthesis.write_responses import write_parquet
 
@@ -113,7 +113,8 @@ def write_prompt_pairs(
     rows, num_couples = [], len(prompts) // 2
     for a, b in zip(range(0, len(prompts), 2), range(1, len(prompts), 2), strict=True):
         # Each image has to suit its own prompt better than the couple's other image does
-        if min(own[a] - crossed[b], own[b] - crossed[a]) >= log_odds(min_confidence):
+        judged = (own[a], crossed[b]), (own[b], crossed[a])
+        if all(suiting > other and is_sure((suiting, other), min_confidence) for suiting, other in judged):
             sides = _sides((images[a], images[b]), (1.0, 0.0), (own[a], own[b]))
             rows.append({"caption": prompts[a], "rejected_caption": prompts[b], **sides})
     unsure = f"the reward model is never {min_confidence:.0%} sure of both images in {num_couples} prompt pairs"

@@ -72,3 +72,10 @@ def test_bundled_contrasts_differ_in_one_attribute() -> None:
         assert swapped or len(different) == 1, (str(first), str(second))
         changed.add("relation" if swapped else different[0])
     assert changed == set(scenes.ATTRIBUTES)
+
+
+def test_prompts_that_prefer_neither_image_make_no_pair(tmp_path: Path) -> None:
+    """Equal scores have a probability of 1/2, and teach nothing."""
+    own, crossed = [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.5, 0.5]
+    path = tmp_path / "p.parquet"
+    assert write_prompt_pairs(path, ["a", "b", "c", "d"], images(4), own, crossed, min_confidence=0.5) == (1, 2)
