@@ -71,8 +71,9 @@ def add_lora(
         lora_dropout=settings.dropout,
         use_dora=settings.dora,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    # They are drawn on the CPU and moved, so no process touches the generators of all GPUs
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)
         try:
             net.add_adapter(config)
         except ValueError as error:

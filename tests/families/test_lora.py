@@ -185,3 +185,14 @@ def test_adapters_are_read_without_rounding(
         assert all(torch.equal(others[key], x) for key, x in weights.items())
     (tmp_path / "peft").mkdir()
     read.export(tmp_path / "peft", read.network, "peft", None)
+
+
+def test_no_gpu_draws_adapters(tiny_sd15: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several GPUs a process has one, and asks the others for nothing."""
+    states = list[int]()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda number: states.append(number) or torch.zeros(16))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: None)
+    before = torch.get_rng_state()
+    load(tiny_sd15).add_lora(LoraSettings(rank=4, alpha=8.0, targets=ATTENTION, seed=0))
+    assert not states and torch.equal(torch.get_rng_state(), before)
