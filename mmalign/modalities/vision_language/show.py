@@ -49,7 +49,7 @@ def _facts(measured: Sequence[Any], longest: int) -> Iterator[str]:
         rows = [len(row.ids) for _, row in sides]
         cut = sum(length == longest for length in rows)
         yield f"tokens of a row, {of}: {_range(rows)}; the limit is {longest:,}, and {cut:,} rows reach it"
-        for name in dict(sides).keys() - {PROMPT}:
+        for name in dict.fromkeys(name for name, _ in sides if name != PROMPT):
             responses = [len(row.response) for side, row in sides if side == name]
             yield f"tokens of a {name} response, {of}: {_range(responses)}"
     if len(usable) < len(measured):
