@@ -95,9 +95,11 @@ def fingerprint_files(part: SavesFiles, *, template: bool = True) -> str:
 
 
 def fingerprint_folder(path: str) -> str:
-    """Return a fingerprint of the weights in a local file or folder, or of the name of a Hub id."""
+    """Return a fingerprint of the weights in a local file or folder, with their scale, or of the name of a Hub id."""
     place = Path(path)
-    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    # The configuration of an adapter has its alpha, without which its weights say nothing
+    inside = (file for pattern in ("*.safetensors", "adapter_config.json") for file in sorted(place.glob(pattern)))
+    files = [place] if place.is_file() else list(inside)
     return fingerprint_settings({file.name: _content(file) for file in files} or {"name": path})
 
 

@@ -9,6 +9,7 @@ import torch
 
 from mmalign.data.caches.fingerprint import (
     fingerprint_config,
+    fingerprint_folder,
     fingerprint_network,
     fingerprint_schedule,
     fingerprint_tensors,
@@ -104,3 +105,12 @@ def test_a_fingerprint_is_of_the_numbers_and_not_of_how_they_lie() -> None:
         assert torch.equal(same, square) and fingerprint_tensors({"w": same}) == fingerprint_tensors({"w": square})
     assert fingerprint_tensors({"w": square.t()}) != fingerprint_tensors({"w": square.t().reshape(3, 4)})
     assert fingerprint_tensors({"empty": torch.zeros(0)}) != fingerprint_tensors({})
+
+
+def test_an_adapter_s_alpha_is_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    prints = list[str]()
+    for alpha in (8, 8, 16):
+        (tmp_path / "adapter_config.json").write_text(f'{{"lora_alpha": {alpha}}}')
+        prints.append(fingerprint_folder(str(tmp_path)))
+    assert prints[0] == prints[1] != prints[2]
