@@ -12,7 +12,7 @@ from mmalign import methods
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.data.formats import conversations, image_layouts
 from mmalign.data.formats.images import open_pairs
-from mmalign.data.formats.layouts import Layout, recognize
+from mmalign.data.formats.layouts import AUTO, THUMBS, Layout, Learning, recognize
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.formats.sources import open_source
 from mmalign.data.pairs import Pairs
@@ -26,8 +26,9 @@ from mmalign.resources import bundled_recipes
 
 logger = logging.getLogger(__name__)
 
-_RESPONSES = [layout for layout in conversations.LAYOUTS if layout.name != "answers"]  # reference answers are no pairs
-_LAYOUTS: list[Layout[Any]] = [*image_layouts.LAYOUTS, *_RESPONSES]
+_PAIRS = [layout for layout in conversations.LAYOUTS if layout.name != "answers"]  # reference answers are no pairs
+_RESPONSES = [*_PAIRS, conversations.THUMBS]
+_LAYOUTS: list[Layout[Any]] = [*image_layouts.LAYOUTS, image_layouts.THUMBS, *_RESPONSES]
 _NO_RECIPE = NotChecked("no recipe is given")
 
 
@@ -112,10 +113,15 @@ def open_files(paths: Sequence[str], format: str | None = None, images: Path | N
 
 
 def _open_file(path: str, format: str | None, folder: Path | None) -> Pairs[Any]:
-    if format is None:
+    if format is not None:
+        check_known("--format: there is no", format, sorted({layout.name for layout in _LAYOUTS}))
+    # Images and responses have layouts of one name; the columns tell which
+    named = [layout for layout in _LAYOUTS if format in (None, layout.name)]
+    if len(named) > 1:
         source = open_source(path, None)
-        format = recognize(_LAYOUTS, source.columns, source.sample, f"doctor: {path}").name
-    check_known("--format: there is no", format, [layout.name for layout in _LAYOUTS])
-    if any(layout.name == format for layout in _RESPONSES):
-        return open_responses(format, path, images=folder)
-    return open_pairs(format, path)
+        named = [recognize(named, source.columns, source.sample, f"doctor: {path}")]
+    (layout,) = named
+    learning: Learning = "thumbs" if layout.name == THUMBS else "pairs"
+    if any((layout.name, layout.required) == (known.name, known.required) for known in _RESPONSES):
+        return open_responses(format or AUTO, path, images=folder, learning=learning)
+    return open_pairs(format or AUTO, path, images=folder, learning=learning)

@@ -121,6 +121,32 @@ def test_formats_are_guessed(layout: str, tmp_path: Path) -> None:
     assert len(open_files([str(data_files.response_pairs(tmp_path, layout=layout))]).cases) == 8
 
 
+@pytest.mark.parametrize("format", [None, "named"])
+def test_thumbs_and_lists_need_no_recipe(format: str | None, tmp_path: Path) -> None:
+    """Images and responses have layouts of one name, and columns may have other names."""
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(data_files.png(number, 16))
+    images = [f"{number}.png" for number in range(3)]
+    thumbs = [{"caption": "a fox", "image": images[n // 2], "label": n % 2} for n in range(3)]
+    liked = [{"image": "0.png", "prompt": "What?", "completion": "A fox.", "label": n > 0} for n in range(3)]
+    ranked = [{"prompt": "a fox", "image_path": images, "rank": [1, 2, 3]}]
+    scored = [{"image": "0.png", "prompt": "What?", "responses": ["A fox.", "A cat."], "scores": [2, 1]}]
+    winners = [{"caption": "a fox", "winner_path": "0.png", "loser_path": "1.png"}]
+    for rows, kind, layout, number, contradictory in (
+        (thumbs, "image pairs", "thumbs", 3, 1),
+        (liked, "response pairs", "thumbs", 3, 1),
+        (ranked, "image pairs", "rankings", 3, 0),
+        (scored, "response pairs", "rankings", 1, 0),
+        (winners, "image pairs", None, 1, 0),
+    ):
+        path = data_files.write_jsonl(tmp_path / "rows.jsonl", *rows)
+        named = layout if format is not None and rows is not thumbs else None  # a named layout needs its own columns
+        corpus = open_files([str(path)], named)
+        found = {finding.check.name: finding.places for finding in examine(corpus, "test").problems}
+        assert corpus.kind == kind and len(corpus.cases) == number
+        assert len(found.get("contradictions", ())) == contradictory
+
+
 def test_tables_of_image_pairs_are_examined(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

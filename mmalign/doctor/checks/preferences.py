@@ -31,8 +31,11 @@ def near_identical(corpus: Corpus) -> list[Place]:
 
 
 def contradictions(corpus: Corpus) -> list[Place]:
-    """Return one place for each two sides of a prompt of which either is preferred in some row."""
-    places = []
+    """Return one place for each two sides of a prompt of which either is preferred in some row.
+
+    A single output of a prompt that is liked in one row and disliked in another is one as well.
+    """
+    places = list(_contradicting_thumbs(corpus))
     for edges in _preferences(corpus).values():
         seen = set[tuple[Node, Node]]()
         for (better, worse), cases in edges.items():
@@ -43,6 +46,18 @@ def contradictions(corpus: Corpus) -> list[Place]:
                 others = ", ".join(case.location for case in [*cases[1:], *opposite])
                 places.append(place(cases[0], f"labelled the other way: {others}"))
     return places
+
+
+def _contradicting_thumbs(corpus: Corpus) -> Iterator[Place]:
+    labels: dict[Node, tuple[list[Case], list[Case]]] = defaultdict(lambda: ([], []))
+    for case in corpus.cases:
+        if len(case.pair.scores) == 1:
+            is_liked = case.pair.scores[0] > 0
+            labels[normalize(case.prompt), *case.chosen.identity][is_liked].append(case)
+    for disliked, liked in labels.values():
+        if disliked and liked:
+            first, *others = [*liked, *disliked]
+            yield place(first, f"labelled the other way: {', '.join(case.location for case in others)}")
 
 
 def cycles(corpus: Corpus) -> list[Place]:
