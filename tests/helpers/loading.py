@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from mmalign.families.base import TextToImage
 from mmalign.families.loading import load_family, load_vision_language
@@ -13,6 +15,7 @@ from mmalign.families.types import Loading
 from tests.helpers import first_fast
 
 CPU = Loading(torch.device("cpu"))
+QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
 
 
 def load_diffusion(folder: Path | str) -> TextToImage:
@@ -21,6 +24,14 @@ def load_diffusion(folder: Path | str) -> TextToImage:
 
 def load_vlm(folder: Path | str) -> Any:
     return load_vision_language(str(folder), CPU)
+
+
+def logits(model: Any, processor: Any) -> Tensor:
+    """Return the logits of a model of transformers for a question about a red image."""
+    image = Image.new("RGB", (32, 32), "red")
+    text = processor.apply_chat_template(QUESTION) if processor.chat_template else "<image>what?"
+    inputs = processor(text=[text], images=[[image]], return_tensors="pt")
+    return model.eval()(**inputs).logits
 
 
 def diffusion_families(*names: str, fast: int = 1) -> Callable[..., TextToImage]:
