@@ -151,8 +151,8 @@ def check_halves(file: Path) -> None:
     with safe_open(file, "pt") as weights:
         names = {str(name) for name in weights.keys()}  # noqa: SIM118
     for name in sorted(names):
-        for one, other in (*_HALVES, *((b, a) for a, b in _HALVES)):
-            if one in name and (partner := name.replace(one, other)) not in names:
+        for parameter, other in (*_HALVES, *((b, a) for a, b in _HALVES)):
+            if parameter in name and (partner := name.replace(parameter, other)) not in names:
                 raise ValueError(f"{file.name} lacks {partner}, the other matrix of an adapter")
 
 

@@ -189,8 +189,8 @@ def choose(judges: Judges, people: Sequence[Person]) -> dict[tuple[str, int], tu
     for arm, number in itertools.product(SETTINGS, NUMBERS):
         means = {x: float(judges.test(arm, people, number, x).mean()) for x in SETTINGS[arm]}
         best[arm, number] = max(means, key=means.__getitem__)
-        told = ", ".join(f"lr {lr:g} x {steps}: {mean:.1%}" for (lr, steps), mean in means.items())
-        print(f"search: {arm}, {number} pairs: {told}", flush=True)
+        verdicts = ", ".join(f"lr {lr:g} x {steps}: {mean:.1%}" for (lr, steps), mean in means.items())
+        print(f"search: {arm}, {number} pairs: {verdicts}", flush=True)
     return best
 
 

@@ -142,9 +142,9 @@ def test_thumbs_and_lists_need_no_recipe(format: str | None, tmp_path: Path) -> 
         path = data_files.write_jsonl(tmp_path / "rows.jsonl", *rows)
         named = layout if format is not None and rows is not thumbs else None  # a named layout needs its own columns
         corpus = open_files([str(path)], named)
-        found = {finding.check.name: finding.places for finding in examine(corpus, "test").problems}
+        names = {finding.check.name: finding.places for finding in examine(corpus, "test").problems}
         assert corpus.kind == kind and len(corpus.cases) == number
-        assert len(found.get("contradictions", ())) == contradictory
+        assert len(names.get("contradictions", ())) == contradictory
 
 
 def test_tables_of_image_pairs_are_examined(tmp_path: Path) -> None:

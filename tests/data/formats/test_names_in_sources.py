@@ -11,8 +11,8 @@ import pytest
 from mmalign.data.formats.files import read_rows
 from mmalign.data.formats.images import open_pairs
 from mmalign.data.formats.responses import open_responses
-from tests.data.formats.test_sources import add
 from tests.helpers import data_files
+from tests.helpers.sources import add
 
 
 @pytest.fixture

@@ -1,147 +1,43 @@
 """Files of every kind give the same pairs; what is no row is dropped, and what is no source is refused."""
 
-import base64
-import csv
 import gzip
-import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict, Features
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, DatasetDict
 
-from mmalign.data.formats.image_files import StoredImage
 from mmalign.data.formats.images import check_source, open_pairs
 from mmalign.data.formats.responses import open_responses
-from mmalign.data.formats.rows import SourceRow
-from mmalign.data.formats.tables import TableRows
-from mmalign.data.images import decode
 from mmalign.data.pairs import Pairs
 from tests.helpers import data_files
+from tests.helpers.sources import (
+    PROMPTS,
+    ROWS,
+    STRUCT,
+    add,
+    as_csv,
+    as_lines,
+    image_folder,
+    parquet,
+    path_of,
+    records,
+    save_to_disk,
+    seeds,
+    sides,
+    sides_with_metadata,
+    uri,
+    webdataset,
+    write_images,
+    write_text,
+)
 
-PROMPTS = ["a fox, red", "ein Bär", "1984"]
-ROWS = [(prompt, 2 * n, 2 * n + 1) for n, prompt in enumerate(PROMPTS)]  # prompt, and the seeds of both images
-
-
-def seeds(pairs: Pairs) -> list[tuple[str, int, int]]:
-    """Return every pair's prompt and the seeds of its images."""
-    known = {decode_bytes(data_files.png(seed)): seed for seed in range(6)}
-    return [
-        (p.prompt, *(known[np.asarray(decode(image)).tobytes()] for image in (p.chosen, p.rejected))) for p in pairs
-    ]
-
-
-def decode_bytes(data: bytes) -> bytes:
-    from PIL import Image
-
-    return np.asarray(Image.open(io.BytesIO(data))).tobytes()
-
-
-def write_images(folder: Path) -> None:
-    (folder / "images").mkdir(parents=True)
-    for seed in range(6):
-        (folder / "images" / f"{seed}.png").write_bytes(data_files.png(seed))
-
-
-def records(image: Callable[[int], Any]) -> list[dict[str, Any]]:
-    return [{"prompt": p, "chosen": image(a), "rejected": image(b)} for p, a, b in ROWS]
-
-
-def path_of(seed: int) -> str:
-    return f"images/{seed}.png"
-
-
-def uri(seed: int) -> str:
-    return "data:image/png;base64," + base64.b64encode(data_files.png(seed)).decode()
-
-
-def as_lines(rows: Sequence[dict[str, Any]]) -> bytes:
-    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
-
-
-def as_csv(rows: Sequence[dict[str, Any]], delimiter: str = ",") -> bytes:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]), delimiter=delimiter)
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue().encode()
-
-
-def write_text(name: str, content: Callable[[], bytes]) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        write_images(folder)
-        (folder / name).write_bytes(gzip.compress(content()) if name.endswith(".gz") else content())
-        return folder / name
-
-    return write
-
-
-def parquet(image: Callable[[int], Any], kind: pa.DataType | None = None) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        write_images(folder)
-        schema = None if kind is None else pa.schema([("prompt", pa.string()), ("chosen", kind), ("rejected", kind)])
-        pq.write_table(pa.Table.from_pylist(records(image), schema), folder / "pairs.parquet")
-        return folder / "pairs.parquet"
-
-    return write
-
-
-def save_to_disk(folder: Path) -> Path:
-    Dataset.from_list(records(data_files.png)).save_to_disk(folder / "saved")
-    return folder / "saved"
-
-
-def sides(folder: Path) -> Path:
-    for n, (prompt, *both) in enumerate(ROWS):
-        for side, seed in zip(("Good", "bad"), both, strict=True):
-            (folder / side).mkdir(parents=True, exist_ok=True)
-            (folder / side / f"{n}.{'png' if n else 'PNG'}").write_bytes(data_files.png(seed))
-        (folder / "Good" / f"{n}.txt").write_text(f"\ufeff{prompt}\n", encoding="utf-8")
-    return folder
-
-
-def sides_with_metadata(folder: Path) -> Path:
-    sides(folder)
-    for file in folder.glob("Good/*.txt"):
-        file.unlink()
-    rows = [{"file_name": f"Good/{n}.png", "text": prompt} for n, prompt in enumerate(PROMPTS)]
-    (folder / "metadata.csv").write_bytes(as_csv(rows))
-    return folder
-
-
-def image_folder(folder: Path) -> Path:
-    write_images(folder / "train")
-    (folder / "train" / "metadata.jsonl").write_bytes(as_lines(records(path_of)))
-    return folder
-
-
-def add(archive: tarfile.TarFile, name: str, data: bytes, **changes: Any) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    for key, value in changes.items():
-        setattr(member, key, value)
-    archive.addfile(member, io.BytesIO(data))
-
-
-def webdataset(folder: Path, chosen: str = "chosen.png", rejected: str = "rejected.png") -> Path:
-    folder.mkdir(exist_ok=True)
-    with tarfile.open(folder / "shard-000.tar", "w") as archive:
-        for n, (prompt, first, second) in enumerate(ROWS):
-            add(archive, f"./{n:03}.{chosen}", data_files.png(first))
-            add(archive, f"./{n:03}.{rejected}", data_files.png(second))
-            add(archive, f"./{n:03}.txt", prompt.encode())
-    return folder / "shard-000.tar"
-
-
-STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 KINDS: dict[str, Callable[[Path], Path]] = {
     "parquet of bytes": parquet(data_files.png),
     "parquet of structs": parquet(lambda seed: {"bytes": data_files.png(seed), "path": "x.png"}, STRUCT),
@@ -381,71 +277,3 @@ def test_a_hostile_row_is_dropped_and_named(kind: str, modality: str, tmp_path: 
     assert sum("is a URL" in reason for reason in reasons) == 2
     assert sum("data URI" in reason for reason in reasons) == 2
     assert any("not a regular file" in reason for reason in reasons)
-
-
-def test_paths_are_under_a_named_folder(tmp_path: Path) -> None:
-    write_images(tmp_path / "elsewhere")
-    (tmp_path / "rows").mkdir()
-    for name, content in (("a.jsonl", as_lines(records(path_of))), ("a.csv", as_csv(records(path_of)))):
-        (tmp_path / "rows" / name).write_bytes(content)
-        with pytest.raises(ValueError, match=r"does not exist.*; data\.images names the folder of the images"):
-            open_pairs("auto", str(tmp_path / "rows" / name))
-        assert seeds(open_pairs("auto", str(tmp_path / "rows" / name), images=tmp_path / "elsewhere")) == ROWS
-    with pytest.raises(ValueError, match=r"data\.images: .*nowhere is not a folder"):
-        check_source("auto", str(tmp_path / "rows" / "a.csv"), images=str(tmp_path / "nowhere"))
-
-
-def test_images_of_one_stem_have_captions_of_their_own(tmp_path: Path) -> None:
-    for name, seed in (("good/1.png", 0), ("good/1.jpg", 1), ("bad/2.png", 2)):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(data_files.png(seed))
-    named = [("", "nothing"), (".", "nothing"), ("good/1.png", "p"), ("good/1.jpg", "j"), ("bad/2", "b")]
-    rows = [json.dumps({"file_name": name, "text": text}) for name, text in named]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(rows))
-    thumbs = open_pairs("auto", str(tmp_path), learning="thumbs")
-    assert {(Path(thumb.outputs[0].path).name, thumb.prompt) for thumb in thumbs} == {
-        ("1.png", "p"),
-        ("1.jpg", "j"),
-        ("2.png", "b"),
-    }
-
-
-def test_many_bad_rows_at_the_start_end_no_run(tmp_path: Path) -> None:
-    write_images(tmp_path)
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"oops\n" * 120 + as_lines(records(path_of)))
-    pairs = open_pairs("auto", str(path))
-    assert len(pairs) == len(ROWS) and len(pairs.skipped) == 120
-
-
-def test_an_open_quotation_mark_names_all_lines_that_it_takes(tmp_path: Path) -> None:
-    write_images(tmp_path)
-    lines = as_csv(records(path_of)).decode().splitlines()
-    path = tmp_path / "rows.csv"
-    path.write_text("\n".join([*lines[:2], '"open,images/0.png,images/1.png', *lines[2:]]))
-    pairs = open_pairs("auto", str(path))
-    (row,) = pairs.skipped
-    assert row.location == "rows.csv: line 3" and "up to 5" in row.reason and len(pairs) == 1
-
-
-@pytest.mark.parametrize("error", [RuntimeError("scripts are not supported"), DatasetGenerationError("x")])
-def test_a_dataset_of_the_hub_that_cannot_be_loaded_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr("datasets.load_dataset", fail)
-    with pytest.raises(ValueError, match=r"data.path: someone/something is not a local file"):
-        open_pairs("auto", "someone/something")
-
-
-def test_a_table_s_image_is_read_without_the_other_columns(tmp_path: Path) -> None:
-    class Refusing(Features):
-        def decode_example(self, *_: object, **__: object) -> None:
-            raise AssertionError("another column is decoded")
-
-    rows = [{"prompt": "a", "chosen": {"bytes": data_files.png(0)}, "rejected": {"bytes": data_files.png(1)}}]
-    table = Dataset.from_list(rows)
-    table.info.features = Refusing(table.features)
-    chosen = next(iter(TableRows(table, [(0, "t")], None)))
-    assert isinstance(chosen, SourceRow) and isinstance(chosen.record["chosen"], StoredImage)
-    assert chosen.record["chosen"].read() == data_files.png(0)
