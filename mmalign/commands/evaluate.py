@@ -122,7 +122,9 @@ def _measure_models(recipe: Recipe, section: Evaluate, trained: TrainedModel) ->
         splits = modality.open_pairs(recipe, needs)
         _check_unseen(splits, trained)
     measure = modality.open_benchmark(recipe, device, splits)
-    policy = trained.load(loading.load_model(recipe, device))
+    family = loading.load_model(recipe, device)
+    policy = trained.load(family)
+    _warn_of_other_parts(recipe, trained, family)
 
     def measure_trained(folder: Path) -> Result:
         of = _identity(section, trained.info)
@@ -132,6 +134,17 @@ def _measure_models(recipe: Recipe, section: Evaluate, trained: TrainedModel) ->
         return {**result, "model": trained.recipe.model.path, "method": trained.recipe.method.name}, table
 
     return measure_trained
+
+
+def _warn_of_other_parts(recipe: Recipe, trained: TrainedModel, family: Any) -> None:
+    """Name the parts of the base model, besides its network, that are not those of the training."""
+    was, now = trained.info.identity, modality_of(recipe).model_dependencies(recipe.model, family)
+    differs = [key for key, value in now.items() if was.get(key, value) != value]
+    if differs and was.get("precision") == recipe.train.precision:
+        logger.warning(
+            f"model.path: {family.name} has {' and '.join(differs)} other than in the training; both models are "
+            "measured with those of today"
+        )
 
 
 def _check_unseen(splits: Splits, model: TrainedModel) -> None:

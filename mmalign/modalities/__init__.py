@@ -176,7 +176,8 @@ class Modality:
         check_data: check that the pairs' files exist and have their columns; raises ValueError.
         check_model: check the model's paths and class, perhaps with a query to the Hub; raises ValueError.
         load_family: load a model with these options.
-        model_dependencies: settings of the model besides its weights that a run depends on, by key.
+        model_dependencies: what a run depends on besides the weights of its network, by key: settings of the model, and
+            its other parts as loaded.
         open_pairs: open pairs that meet the requirements, without decoding an image: (training split, validation split
             or None); raises ValueError if files or columns are missing, or no pair is left.
         build_data_module: open caches and loaders.
@@ -211,7 +212,7 @@ class Modality:
     check_data: Callable[[Recipe], None]
     check_model: Callable[[Model], None]
     load_family: Callable[[Model, Loading], Family]
-    model_dependencies: Callable[[Model], dict[str, str]]
+    model_dependencies: Callable[[Model, Any], dict[str, str]]
     open_pairs: Callable[[Recipe, Requirements], Splits]
     build_data_module: DataModuleBuilder
     encode_example: Callable[[Any, Recipe, Requirements, Splits | None], Example] | None

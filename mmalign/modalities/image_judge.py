@@ -105,7 +105,7 @@ def load_family(model: Model, options: Loading) -> ImageJudge:
     )
 
 
-def describe_head(model: Model) -> dict[str, str]:
+def describe_head(model: Model, _: object) -> dict[str, str]:
     """Return the part of the network that is trained, if it is not all of it, the attributes and the mixture."""
     assert isinstance(model, ImageJudgeModel)
     parts, mixture = dict[str, str](), model.annotators

@@ -21,6 +21,7 @@ from mmalign.modalities import Measure, Modality, Result
 from mmalign.modalities.loading import DTYPES
 from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check, data, doctor, show
+from mmalign.modalities.text_to_image.model import frozen_parts
 from mmalign.modalities.validation import groups_by_row, validation_batches
 from mmalign.policy import Policy
 from mmalign.resources import resolve_model
@@ -76,10 +77,10 @@ def load_family(model: Model, options: Loading) -> StepJudge:
     return step_judge.load(model.path, loading.load_family(resolve_model(model.denoiser), frozen), options)
 
 
-def frozen_models(model: Model) -> dict[str, str]:
-    """Return the path of the frozen model."""
+def frozen_models(model: Model, family: StepJudge) -> dict[str, str]:
+    """Return the path of the frozen model, and fingerprints of its parts."""
     assert isinstance(model, JudgeModel)
-    return {"denoiser": model.denoiser}
+    return {"denoiser": model.denoiser, **frozen_parts(family.denoiser)}
 
 
 def build_data_module(

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import stat
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mmalign.commands.evaluate import evaluate
 from mmalign.commands.gallery import gallery
@@ -71,6 +75,46 @@ def test_resume_refuses_another_run_by_name(override: str, named: str, trained: 
     with pytest.raises(ValueError, match="belongs to another run") as raised:
         train(load_recipe(trained, [override]))
     assert named in str(raised.value)
+
+
+def other_schedule(model: Path) -> None:
+    """Say another prediction type than before, as somebody who finds the old one wrong."""
+    file = model / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "v_prediction"}))
+
+
+def other_weight(file: Path) -> None:
+    weights = load_file(file)
+    weights[min(weights)] = weights[min(weights)] + 0.5
+    save_file(weights, file, {"format": "pt"})
+
+
+@pytest.mark.slow
+def test_other_parts_of_the_base_model_are_named(
+    tiny_sd15: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The denoiser is the same, and learns from other latents, texts or targets."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd15, model)
+    content = recipes.diffusion_in(model, tmp_path / "run", data={"validation_fraction": 0.25})
+    content["evaluate"] = {"benchmark": "implicit"}
+    train(load_recipe(content, ["train.steps=1"]))
+    changes: dict[str, Callable[[], None]] = {
+        "noise schedule": partial(other_schedule, model),
+        "text encoder": partial(other_weight, model / "text_encoder" / "model.safetensors"),
+        "vae": partial(other_weight, model / "vae" / "diffusion_pytorch_model.safetensors"),
+    }
+    for name, change in changes.items():
+        shutil.rmtree(model)
+        shutil.copytree(tiny_sd15, model)
+        evaluate(load_recipe(content))
+        assert "other than in the training" not in caplog.text
+        change()
+        with pytest.raises(ValueError, match=rf"belongs to another run \({name} \w+; this one has {name} \w+\)"):
+            train(load_recipe(content, ["train.steps=2"]))
+        evaluate(load_recipe(content))
+        assert f"model.path: {model} has {name} other than in the training" in caplog.text
+        caplog.clear()
 
 
 def swap_labels(rows: list[Content]) -> None:

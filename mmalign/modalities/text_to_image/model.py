@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmalign.config import ImageJudgeModel, ImageModel, JudgeModel, Model, Recipe
+from mmalign.data.caches import fingerprint
 from mmalign.data.formats.image_layouts import SOURCE
 from mmalign.data.formats.images import Sources
 from mmalign.families import loading
@@ -106,6 +107,12 @@ def pipeline_path(model: Model) -> str:
         return model.config or model.path
     assert isinstance(model, JudgeModel)
     return model.denoiser
+
+
+def frozen_parts(family: TextToImage) -> dict[str, str]:
+    """Return fingerprints of what frames the denoiser's work: text encoders, autoencoder and noise schedule."""
+    encoders = {name.replace("_", " "): fingerprint.fingerprint_weights(net) for name, net in family.encoders()}
+    return {**encoders, "noise schedule": fingerprint.fingerprint_schedule(family.schedule)}
 
 
 def load_family(model: Model, options: Loading) -> TextToImage:

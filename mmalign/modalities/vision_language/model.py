@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from PIL import Image
+
 from mmalign.config import Model, ResponseData, ResponseModel
+from mmalign.data.caches import fingerprint
 from mmalign.families import loading
 from mmalign.families.base import PromptProcessor, VisionLanguage
 from mmalign.families.stored import check_variant
 from mmalign.families.types import Loading
+from mmalign.language.chat import IMAGE, Turn
 from mmalign.modalities.loading import disable_progress_bars, find_local
 from mmalign.modalities.prompts import located
 from mmalign.registry import import_callable
@@ -63,6 +67,17 @@ def template_arguments(model: Model) -> dict[str, str]:
     """Return the variables of the chat template that a recipe sets, by key."""
     assert isinstance(model, ResponseModel)
     return {f"model.template_arguments.{name}": str(value) for name, value in model.template_arguments.items()}
+
+
+def prompt_dependencies(model: Model, family: VisionLanguage) -> dict[str, str]:
+    """Return the variables of the chat template, and a fingerprint of the tokens of a prompt with an image.
+
+    It changes with the template, the tokenizer and the number of an image's tokens.
+    """
+    processor = family.processor
+    view = processor.preprocess_image(Image.new("RGB", (640, 480), "gray"))
+    row = processor.tokenize_prompt([Turn("user", f"{IMAGE}What is in the image?")], [("an image", view)])
+    return {**template_arguments(model), "prompts": fingerprint.fingerprint_settings({"ids": row.ids})}
 
 
 def loading_hint(tune: str, folder: Path, form: str) -> str:

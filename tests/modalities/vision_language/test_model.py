@@ -43,13 +43,26 @@ def test_template_arguments_reach_every_command(content: dict[str, Any]) -> None
     identities = [
         _resume.identify(recipe, family, pairs, 1) for recipe, family in zip((thinking, plain), families, strict=True)
     ]
-    assert identities[1].items() - identities[0].items() == {("model.template_arguments.enable_thinking", "False")}
+    differing = {key for key in identities[1] if identities[1][key] != identities[0].get(key)}
+    assert differing == {"model.template_arguments.enable_thinking", "prompts"}
     tokens: Any = doctor_inputs(plain).tokens
     assert tokens.processor.template_arguments == {"enable_thinking": False}
     for recipe, prompt in zip((thinking, plain), prompts, strict=True):
         chosen = show(recipe, number=1).examples[0].sides[0]
         shown = "".join(span.text for span in chosen.text if not span.scored)
         assert prompt.rpartition("assistant")[2] in shown and ("</think>" in shown) == ("</think>" in prompt)
+
+
+def test_another_chat_template_makes_another_run(content: dict[str, Any]) -> None:
+    """Templates change on the Hub while weights stay."""
+    recipe = load_recipe(content)
+    pairs = open_responses("auto", recipe.data.path)
+    template = Path(recipe.model.path) / "chat_template.jinja"
+    before = _resume.identify(recipe, load_model(recipe, CPU), pairs, 1)
+    assert _resume.identify(recipe, load_model(recipe, CPU), pairs, 1) == before
+    template.write_text(SWITCHED.replace("<|im_start|>", "<|im_start|> "))
+    after = _resume.identify(recipe, load_model(recipe, CPU), pairs, 1)
+    assert {key for key in after if after[key] != before[key]} == {"prompts"}
 
 
 def test_a_variable_that_the_template_does_not_have_is_refused(content: dict[str, Any]) -> None:
