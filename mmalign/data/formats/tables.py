@@ -103,9 +103,23 @@ class TableRows:
         return bytes(data) if data is not None else b""
 
 
+def _without_decimals(table: Table) -> Table:
+    """Return a table whose decimals, as databases write ratings and votes, are floats."""
+    import pyarrow as pa
+
+    def plain(kind: DataType) -> DataType:
+        if pa.types.is_list(kind):
+            return pa.list_(plain(kind.value_type))
+        return pa.float64() if pa.types.is_decimal(kind) else kind
+
+    kinds = [plain(field.type) for field in table.schema]
+    return table if kinds == table.schema.types else table.cast(pa.schema(zip(table.column_names, kinds, strict=True)))
+
+
 def _records(texts: Table) -> list[dict[str, Any] | str]:
     """Return the rows of a small table; a reason in place of one with a text that is not UTF-8."""
     # The fast way, for a table without a broken text
+    texts = _without_decimals(texts)
     try:
         return list(texts.to_pylist())
     except UnicodeDecodeError:

@@ -1,8 +1,11 @@
 """Sources with broken starts, open quotation marks, twins and datasets that cannot be loaded."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
@@ -81,3 +84,25 @@ def test_a_table_s_image_is_read_without_the_other_columns(tmp_path: Path) -> No
     chosen = next(iter(TableRows(table, [(0, "t")], None)))
     assert isinstance(chosen, SourceRow) and isinstance(chosen.record["chosen"], StoredImage)
     assert chosen.record["chosen"].read() == data_files.png(0)
+
+
+def test_decimals_are_numbers(tmp_path: Path) -> None:
+    """Databases write votes and ratings so."""
+    decimal = pa.decimal128(10, 3)
+    columns = {
+        "caption": pa.array(["a fox, red", "ein Bär"]),
+        **{f"jpg_{side}": pa.array([data_files.png(side), data_files.png(2 + side)]) for side in (0, 1)},
+        "label_0": pa.array([Decimal("1.000"), Decimal("0.25")]).cast(decimal),
+        "label_1": pa.array([Decimal("0.000"), Decimal("0.75")]).cast(decimal),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "pairs.parquet")
+    pairs = open_pairs("auto", str(tmp_path / "pairs.parquet"))
+    assert seeds(pairs) == [("a fox, red", 0, 1), ("ein Bär", 3, 2)]
+    assert [pair.label.preference for pair in pairs] == [1.0, 0.75]
+    lists = {
+        "prompt": pa.array(["a fox, red"]),
+        "image_path": pa.array([[data_files.png(0), data_files.png(1)]]),
+        "human_preference": pa.array([[Decimal("1.5"), Decimal("2.5")]], pa.list_(decimal)),
+    }
+    pq.write_table(pa.table(lists), tmp_path / "lists.parquet")
+    assert seeds(open_pairs("auto", str(tmp_path / "lists.parquet"))) == [("a fox, red", 1, 0)]
