@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from mmalign import methods
 from mmalign.commands import train
 from mmalign.commands._bench_meters import LiveBytes
-from mmalign.config import ImageModel, Recipe
+from mmalign.config import Recipe
 from mmalign.config.methods import DiffusionDPOConfig, DPOConfig, find_method
 from mmalign.data.data_module import Splits
 from mmalign.families.shapes import META, fetch_configurations, without_storage
@@ -156,11 +156,9 @@ def estimate(recipe: Recipe, splits: Splits | None, *, on_card: bool) -> Memory:
 
 def _build(recipe: Recipe, *, reference_cached: bool) -> tuple[Policy, dict[str, nn.Module]]:
     """Return the policy on the meta device, with a family that runs on a CPU, and the encoders by name."""
-    # The configurations of a single file are those of another pipeline
-    model, key, name = recipe.model, "path", recipe.model.path
-    if isinstance(model, ImageModel) and model.config is not None:
-        key, name = "config", model.config
-    model = model.model_copy(update={key: fetch_configurations(resolve_model(name), model.revision), "revision": None})
+    key, name = recipe.model.configurations
+    folder = fetch_configurations(resolve_model(name), recipe.model.revision)
+    model = recipe.model.model_copy(update={key: folder, "revision": None})
     # Plain attention, without compilation and sharding, since the estimate runs on fake tensors
     simple = recipe.train.model_copy(update={"attention": "sdpa", "compile": False, "sharding": "none"})
     recipe = recipe.model_copy(update={"train": simple, "model": model})

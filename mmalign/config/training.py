@@ -74,6 +74,11 @@ class Model(Section):
     )
     adapter: Adapter | None = None
 
+    @property
+    def configurations(self) -> tuple[str, str]:
+        """Key and name of the folder or Hub id with the configurations of the model's parts."""
+        return "path", self.path
+
     @model_validator(mode="after")
     def _continues(self) -> Model:
         if self.adapter is not None and self.adapter.use == "continue":
@@ -110,6 +115,11 @@ class ImageModel(Model):
         description="keep networks on the CPU while a stage does not use them: encoding, generating or decoding images "
         "(docs/one_gpu.md)",
     )
+
+    @property
+    def configurations(self) -> tuple[str, str]:
+        """Key and name of the pipeline with the configurations, which for a single file is another one."""
+        return ("path", self.path) if self.config is None else ("config", self.config)
 
 
 class ResponseModel(Model):
