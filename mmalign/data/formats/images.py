@@ -28,6 +28,7 @@ from mmalign.data.formats.image_layouts import (
 from mmalign.data.formats.labels import COLUMN, NO_RATINGS, Margins, Scales, read_label, read_ratings
 from mmalign.data.formats.layouts import AUTO, Layout, Learning, check_files, layouts_for, open_layout
 from mmalign.data.formats.rows import ListRows, Rows, SourceRow, uncollected
+from mmalign.data.formats.sources import Source
 from mmalign.data.label import FIELDS, NO_LABEL, Label
 from mmalign.data.pairs import ImagePair, ImageRef, Pairs, SkippedRow, UnusableRowError, output_names, stable_hash
 
@@ -127,13 +128,8 @@ def open_pairs(
         layout = _with_ratings(layout, attributes)
         layout.check_columns(path, source.columns, group_by)
     taken = layout.describe() if format == AUTO else ""
-    # Only the needed columns are read from a table
-    needed = {layout.column(name) for name in layout.columns}
-    rows = source.rows({*needed, group_by} if group_by is not None else needed)
     unread = layout.unread(source.columns, group_by, labels=labels, margins=margins)
-    # Rows of one image each become rankings
-    if layout.name == SCORES.name:
-        rows, layout = ListRows([*group_scores(rows, layout, group_by)]), RANKINGS if sources is None else EDITS
+    rows, layout = _open_rows(source, layout, group_by, sources)
     # The index, which decodes no image
     label = partial(read_label, labels, margins)
     indexed = ImageRows(rows, layout, ImageReader(images), group_by, learning, label, attributes, ties=ties)
@@ -141,6 +137,17 @@ def open_pairs(
     pairs = Pairs(path, indexed, np.arange(len(indexed)), skipped, tied, taken, unread)
     pairs.require(_expected(layout, prompt_pairs))
     return pairs[:limit] if limit is not None else pairs
+
+
+def _open_rows(
+    source: Source, layout: Layout[Parsed], group_by: str | None, sources: Sources | None
+) -> tuple[Rows, Layout[Parsed]]:
+    """Return the rows with the needed columns alone, and their layout; rows of one image each become rankings."""
+    needed = {layout.column(name) for name in layout.columns}
+    rows = source.rows({*needed, group_by} if group_by is not None else needed)
+    if layout.name != SCORES.name:
+        return rows, layout
+    return ListRows([*group_scores(rows, layout, group_by)]), RANKINGS if sources is None else EDITS
 
 
 def _with_ratings(layout: Layout[Parsed], attributes: Scales) -> Layout[Parsed]:
