@@ -43,8 +43,8 @@ def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes
     return {
         **({"reward": loading.describe_rewards(needs.reward)} if needs.reward is not None else {}),
         **({"liked_share": str(needs.liked_share)} if needs.liked_share is not None else {}),
-        **modality_of(recipe).model_dependencies(recipe.model, family),
         "model": fingerprint.fingerprint_weights(family.network),
+        **modality_of(recipe).model_dependencies(recipe.model, family),
         "method": recipe.method.name,
         "tune": adapters if recipe.model.tune == "lora" else recipe.model.tune,
         **({"adapter": fingerprint.fingerprint_folder(resolve_model(adapter.path))} if adapter is not None else {}),
