@@ -28,7 +28,7 @@ def cache_settings(
     vae = {"vae": model.vae, "vae_dtype": model.vae_dtype}
     parts = {
         "encoders": {name: fingerprint.fingerprint_network(net) for name, net in family.encoders()},
-        "tokenizers": fingerprint.fingerprint_tokenizer(family),
+        "tokenizers": fingerprint.fingerprint_prompt_inputs(family.prompt_inputs()),
         "schedule": fingerprint.fingerprint_schedule(family.schedule),
         "config": fingerprint.fingerprint_config(family.network),
     }

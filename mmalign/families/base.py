@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from mmalign.config import DecodingConfig, SamplingConfig
 from mmalign.diffusion.noise import Schedule
 from mmalign.families.editing import Editing
-from mmalign.families.types import Conditioning, GeneratedText, ImageFeatures, ImageView, LoraSettings, Mixture, Moments
+from mmalign.families.types import (
+    Conditioning,
+    GeneratedText,
+    ImageFeatures,
+    ImageView,
+    LoraSettings,
+    Mixture,
+    Moments,
+    PromptInputs,
+)
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse, Tokens
 from mmalign.policy.sharding import ShardPlan
@@ -189,6 +198,9 @@ class TextToImage(Family, Protocol):
 
     def encoders(self) -> Iterable[tuple[str, nn.Module]]:
         """Return the frozen networks whose outputs can be cached, by name."""
+
+    def prompt_inputs(self) -> PromptInputs:
+        """Return the tokenizers and the settings that encoded prompts depend on, beside the text encoders."""
 
     def place(self, *used: nn.Module) -> None:
         """With `model.offload`, move these networks to the device, and the model's others to the CPU."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,23 @@ from mmalign.config import ImageSize
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+class SavesFiles(Protocol):
+    """A tokenizer or processor, of any library, that writes itself to a folder."""
+
+    def save_pretrained(self, folder: str) -> object:
+        """Write the files."""
+
+
+class PromptInputs(NamedTuple):
+    """What turns prompts into inputs of the text encoders: tokenizers and processors by name, and settings.
+
+    Settings matter: SDXL's say whether the empty prompt is encoded as zeros or as the text "".
+    """
+
+    tokenizers: Mapping[str, SavesFiles]
+    settings: Mapping[str, object]
 
 
 @dataclass(frozen=True)

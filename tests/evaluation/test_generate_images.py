@@ -14,6 +14,7 @@ from torch import nn
 from mmalign.config import ImageModel, SamplingConfig
 from mmalign.data.caches.images import ImageCache
 from mmalign.evaluation.generate_images import cache_settings, generate_images
+from mmalign.families.types import PromptInputs
 
 PROMPTS, SEEDS = ["a fox", "a fox", "a car", "a bus", "a cat"], [0, 1, 2, 3, 4]
 
@@ -79,13 +80,15 @@ class Noise:
 def test_images_depend_on_encoders_and_schedule() -> None:
     """Two models may share a denoiser and differ in all else."""
 
-    def settings(seed: int, level: float) -> dict[str, object]:
+    def settings(seed: int, level: float, zeros: bool = True) -> dict[str, object]:
         encoder = nn.Linear(1, 1)
         nn.init.constant_(encoder.weight, seed)
         nn.init.zeros_(encoder.bias)
         parts = {"encoders": lambda: [("text", encoder)], "schedule": Noise(level), "network": nn.Identity()}
-        family: Any = SimpleNamespace(pipeline=None, **parts)
+        inputs = PromptInputs({}, {"force_zeros_for_empty_prompt": zeros})
+        family: Any = SimpleNamespace(prompt_inputs=lambda: inputs, **parts)
         return cache_settings(family, ImageModel(path="x"), "float32", SamplingConfig())
 
     assert settings(0, 0.5) == settings(0, 0.5)
     assert settings(0, 0.5) != settings(1, 0.5) and settings(0, 0.5) != settings(0, 0.6)
+    assert settings(0, 0.5) != settings(0, 0.5, zeros=False)

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmalign.diffusion.noise import Schedule
+from mmalign.families.types import PromptInputs, SavesFiles
 from mmalign.reading import first_line
 from mmalign.reading.weights import plain_tensors
 from mmalign.registry import is_outside, source_file
@@ -30,13 +31,6 @@ _PASSING = {
     "tokenizer.json": ("truncation", "padding"),
     "tokenizer_config.json": ("is_local", "local_files_only"),
 }
-
-
-class SavesFiles(Protocol):
-    """A tokenizer or processor, of any library, that writes itself to a folder."""
-
-    def save_pretrained(self, folder: str) -> object:
-        """Write the files."""
 
 
 def fingerprint_weights(net: nn.Module) -> str:
@@ -131,21 +125,10 @@ def fingerprint_schedule(schedule: Schedule) -> str:
     return fingerprint_settings({type(schedule).__name__: values})
 
 
-def fingerprint_tokenizer(family: Any) -> str:
-    """Return a fingerprint of a pipeline's tokenizers, processor and settings; of nothing without a pipeline.
-
-    Settings matter: SDXL's say whether the empty prompt is encoded as zeros or as the text "".
-    """
-    pipeline = getattr(family, "pipeline", None)
-    parts, options = getattr(pipeline, "components", {}), dict(getattr(pipeline, "config", {}))
-    settings = {name: value for name, value in options.items() if name not in parts}
-    files = {name: fingerprint_files(part) for name, part in parts.items() if _reads(name) and part is not None}
-    return fingerprint_settings({**files, "settings": _lasting(settings)})
-
-
-def _reads(part: str) -> bool:
-    """Return whether a part of a pipeline prepares the inputs of a text encoder."""
-    return "tokenizer" in part or part == "processor"
+def fingerprint_prompt_inputs(inputs: PromptInputs) -> str:
+    """Return a fingerprint of the tokenizers and settings by which a model encodes prompts."""
+    files = {name: fingerprint_files(part) for name, part in inputs.tokenizers.items()}
+    return fingerprint_settings({**files, "settings": _lasting(inputs.settings)})
 
 
 def _content(path: Path) -> str:

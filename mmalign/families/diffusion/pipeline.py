@@ -41,7 +41,7 @@ from mmalign.families.lora import (
     make_trainable,
     save_lora,
 )
-from mmalign.families.types import Conditioning, Loading, LoraSettings, Moments
+from mmalign.families.types import Conditioning, Loading, LoraSettings, Moments, PromptInputs
 from mmalign.policy.sharding import ShardPlan
 from mmalign.reading.weights import every_tensor, intact, tensors_only, use_safetensors
 
@@ -178,6 +178,13 @@ class LatentModel(ABC):
         """Return the autoencoder and the checkpoint's text encoders, by name."""
         parts = self.pipeline.components
         return [(name, parts[name]) for name in ("vae", *TEXT_ENCODERS) if parts.get(name) is not None]
+
+    def prompt_inputs(self) -> PromptInputs:
+        """Return the pipeline's tokenizers, its processor and its settings."""
+        parts = self.pipeline.components
+        names = [name for name in parts if "tokenizer" in name or name == "processor"]
+        settings = {name: value for name, value in self.pipeline.config.items() if name not in parts}
+        return PromptInputs({name: parts[name] for name in names if parts[name] is not None}, settings)
 
     def place(self, *used: nn.Module) -> None:
         if self.loading.offload:

@@ -204,7 +204,7 @@ def _fill_text(
     `edits` are the views of the pairs' sources, if the text encoder sees them.
     """
     depends = {name: fingerprint.fingerprint_network(net) for name, net in encoders.items()}
-    depends["tokenizers"] = fingerprint.fingerprint_tokenizer(family)
+    depends["tokenizers"] = fingerprint.fingerprint_prompt_inputs(family.prompt_inputs())
     # The encoder sees the sources as they are cropped or padded, which their keys do not tell
     depends |= {"fit": data.fit} if edits else {}
     text = ArrayCache.open(cache_folder(data, output) / "text", depends)

@@ -11,9 +11,9 @@ from mmalign.data.caches.fingerprint import (
     fingerprint_config,
     fingerprint_folder,
     fingerprint_network,
+    fingerprint_prompt_inputs,
     fingerprint_schedule,
     fingerprint_tensors,
-    fingerprint_tokenizer,
     fingerprint_weights,
 )
 from mmalign.diffusion.flow import Flow
@@ -29,7 +29,7 @@ def family(tiny_sd15: Path) -> Any:
 def test_fingerprint_of_copied_and_used_models(family: Any, tiny_sd15: Path, tmp_path: Path) -> None:
     """A tokenizer remembers how it was called last, a configuration which folder it was read from."""
     of = (
-        fingerprint_tokenizer(family),
+        fingerprint_prompt_inputs(family.prompt_inputs()),
         fingerprint_network(family.network),
         fingerprint_schedule(family.schedule),
     )
@@ -38,7 +38,7 @@ def test_fingerprint_of_copied_and_used_models(family: Any, tiny_sd15: Path, tmp
     shutil.copytree(tiny_sd15, tmp_path / "copy")
     for same_family in (family, load_diffusion(tmp_path / "copy")):
         assert of == (
-            fingerprint_tokenizer(same_family),
+            fingerprint_prompt_inputs(same_family.prompt_inputs()),
             fingerprint_network(same_family.network),
             fingerprint_schedule(same_family.schedule),
         )

@@ -8,6 +8,7 @@ import pytest
 
 from mmalign.config import ImageData
 from mmalign.data.caches.array_cache import ArrayCache
+from mmalign.families.types import PromptInputs
 from mmalign.modalities.text_to_image import data
 
 
@@ -20,7 +21,7 @@ def test_texts_that_see_sources_are_of_one_fit(tmp_path: Path, monkeypatch: pyte
         raise InterruptedError
 
     monkeypatch.setattr(ArrayCache, "open", record)
-    family: Any = SimpleNamespace(pipeline=None)
+    family: Any = SimpleNamespace(prompt_inputs=lambda: PromptInputs({}, {}))
     for edits in ([object()], []):
         for fit in ("crop", "pad"):
             with pytest.raises(InterruptedError):
