@@ -54,6 +54,9 @@ class Adapter(Section):
     )
 
 
+Adapting = Annotated[Literal["lora", "full"], Field(description="low-rank adapters, or all weights of the network")]
+
+
 class Model(Section):
     """Settings of the model to align."""
 
@@ -104,7 +107,7 @@ class ImageModel(Model):
     """Settings of a text-to-image model."""
 
     path: str = Field(description="diffusers pipeline: a folder, a Hub id, or a single file of weights")
-    tune: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights of the network")
+    tune: Adapting = "lora"
     config: str | None = Field(
         None, description="for a single file, a folder or Hub id of a pipeline with the same layout"
     )
@@ -125,7 +128,7 @@ class ImageModel(Model):
 class ResponseModel(Model):
     """Settings of a vision-language model."""
 
-    tune: Literal["lora", "full"] = Field("lora", description="low-rank adapters, or all weights of the network")
+    tune: Adapting = "lora"
     template_arguments: dict[str, bool | int | float | str] = Field(
         {}, description="variables of the model's chat template, such as {enable_thinking: false}"
     )

@@ -103,10 +103,7 @@ def pipeline_class(model: Model) -> str | None:
 
 def pipeline_path(model: Model) -> str:
     """Return the path or Hub id of the pipeline's configuration."""
-    if isinstance(model, ImageModel):
-        return model.config or model.path
-    assert isinstance(model, JudgeModel)
-    return model.denoiser
+    return model.denoiser if isinstance(model, JudgeModel) else model.configurations[1]
 
 
 def frozen_parts(family: TextToImage) -> dict[str, str]:
