@@ -22,7 +22,9 @@ from mmalign import methods
 from mmalign.commands import train
 from mmalign.commands._bench_meters import LiveBytes
 from mmalign.config import Recipe
-from mmalign.config.methods import DiffusionDPOConfig, DPOConfig, find_method
+from mmalign.config.methods import find_method
+from mmalign.config.methods.text_to_image import DiffusionDPOConfig
+from mmalign.config.methods.vision_language import DPOConfig
 from mmalign.data.data_module import Splits
 from mmalign.families.shapes import META, fetch_configurations, without_storage
 from mmalign.methods.text_to_image import diffusion_dpo

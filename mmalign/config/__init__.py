@@ -8,7 +8,6 @@ from pydantic import Field
 
 from mmalign.config.base import ImageSize, MethodConfig, Section
 from mmalign.config.evaluation import (
-    AnswerFiles,
     Coco,
     DecodingConfig,
     Evaluate,
@@ -23,7 +22,6 @@ from mmalign.config.evaluation import (
     SamplingConfig,
 )
 from mmalign.config.preparation import (
-    AnswerSource,
     BdhsConfig,
     CompletionConfig,
     Prepare,
@@ -35,7 +33,6 @@ from mmalign.config.preparation import (
     PrepareResponses,
 )
 from mmalign.config.training import (
-    Adapter,
     Data,
     ImageData,
     ImageJudgeModel,
@@ -51,9 +48,6 @@ from mmalign.config.training import (
 
 __all__ = [
     "SECTIONS",
-    "Adapter",
-    "AnswerFiles",
-    "AnswerSource",
     "BdhsConfig",
     "Coco",
     "CompletionConfig",
@@ -65,17 +59,14 @@ __all__ = [
     "EvaluateResponses",
     "EvaluateSteps",
     "Files",
-    "Gallery",
     "ImageData",
     "ImageJudgeModel",
     "ImageModel",
     "ImageSize",
     "JudgeModel",
-    "Limits",
     "Lora",
     "MethodConfig",
     "Model",
-    "Prepare",
     "PrepareBdhs",
     "PrepareImages",
     "PrepareJudged",
@@ -89,7 +80,6 @@ __all__ = [
     "Rewards",
     "SamplingConfig",
     "Section",
-    "Sections",
     "Train",
 ]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmalign.config.methods import ListMethodConfig, ThumbsMethodConfig
+from mmalign.config.methods.kinds import ListMethodConfig, ThumbsMethodConfig
 from mmalign.losses.groups import Group, order_accuracy, pick
 from mmalign.methods import Memory, Requirements, Step
 from mmalign.methods._pair_loss import bound_loss, preference_metrics

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmalign.config.losses import LossConfig, LossTerm
-from mmalign.config.methods import PairMethodConfig
+from mmalign.config.methods.kinds import PairMethodConfig
 from mmalign.losses import wrappers
 from mmalign.losses.pairwise import Pair, PairLoss
 from mmalign.losses.wrappers import Labels

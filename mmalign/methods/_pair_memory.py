@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mmalign.config.methods import PairMethodConfig
+from mmalign.config.methods.kinds import PairMethodConfig
 from mmalign.data.label import FIELDS
 from mmalign.losses.wrappers import Labels
 from mmalign.methods import Memory, Requirements, cached_scores

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mmalign.config import EvaluateSteps, JudgeModel, Model, Recipe
-from mmalign.config.methods import StepPreferenceConfig
+from mmalign.config.methods.text_to_image import StepPreferenceConfig
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits
 from mmalign.doctor.corpus import NotChecked, RecipeInputs

@@ -25,7 +25,7 @@ from torch import Tensor
 from mmalign.commands import _bench_run
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
-from mmalign.config.methods import SPOConfig
+from mmalign.config.methods.text_to_image import SPOConfig
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.walk import Walk
 from mmalign.evaluation.benchmarks.scenes import check_scenes

@@ -14,7 +14,7 @@ from mmalign.commands import plan as command
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.plan import plan
 from mmalign.commands.train import describe_updates, pairs_per_update
-from mmalign.config.methods import SFTConfig, SPOConfig
+from mmalign.config.methods.text_to_image import SFTConfig, SPOConfig
 from mmalign.methods import requirements_of
 from mmalign.training.optim import build_optimizer
 from tests.helpers import data_files, recipes

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmalign.config.methods import DPOConfig
+from mmalign.config.methods.vision_language import DPOConfig
 from mmalign.losses import pairwise, wrappers
 from mmalign.losses.pairwise import Pair
 from mmalign.methods._pair_loss import bound_link

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from mmalign import methods
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.commands.train import train
-from mmalign.config.methods._shared import LabelNoiseConfig
+from mmalign.config.methods.kinds import LabelNoiseConfig
 from mmalign.families.base import VisionLanguage
 from mmalign.losses import pairwise
 from mmalign.losses.pairwise import Pair

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from mmalign.config.base import MethodConfig
-from mmalign.config.methods._shared import (
-    DenoisingMethodConfig,
-    ListMethodConfig,
-    PairMethodConfig,
-    ResponseMethodConfig,
-    ThumbsMethodConfig,
-)
+from mmalign.config.methods.kinds import ThumbsMethodConfig
 from mmalign.config.methods.online_images import (
-    AdvantageMethodConfig,
     AWMConfig,
     CRDConfig,
     DGPOConfig,
     DiffusionOnlineDPOConfig,
     FlowGRPOConfig,
-    GenerationConfig,
-    ImagesConfig,
-    JudgedConfig,
     NFTConfig,
-    OnlineConfig,
-    TrajectoryConfig,
 )
-from mmalign.config.methods.online_responses import (
-    AnswersConfig,
-    GRPOConfig,
-    OnlineDPOConfig,
-    OnlineResponsesConfig,
-    RAFTConfig,
-)
+from mmalign.config.methods.online_responses import GRPOConfig, OnlineDPOConfig, RAFTConfig
 from mmalign.config.methods.text_to_image import (
     BradleyTerryConfig,
     CCAConfig,
@@ -50,62 +32,12 @@ from mmalign.config.methods.vision_language import (
     KTOConfig,
     LiPOConfig,
     MDPOConfig,
-    MixedConfig,
     POVIDConfig,
     ReAlignConfig,
     ResponseSFTConfig,
     RLHFVConfig,
 )
 from mmalign.registry import check_known, import_class, is_outside
-
-__all__ = [
-    "METHODS",
-    "AWMConfig",
-    "AdvantageMethodConfig",
-    "AnswersConfig",
-    "BDHSMethodConfig",
-    "BradleyTerryConfig",
-    "CCAConfig",
-    "CRDConfig",
-    "DGPOConfig",
-    "DPOConfig",
-    "DenoisingMethodConfig",
-    "DiffusionDPOConfig",
-    "DiffusionKTOConfig",
-    "DiffusionOnlineDPOConfig",
-    "FlowGRPOConfig",
-    "GRPOConfig",
-    "GenerationConfig",
-    "ImageListConfig",
-    "ImagesConfig",
-    "InPOConfig",
-    "InstructEngineConfig",
-    "JudgedConfig",
-    "KTOConfig",
-    "LiPOConfig",
-    "ListMethodConfig",
-    "MDPOConfig",
-    "MaPOConfig",
-    "MixedConfig",
-    "NFTConfig",
-    "OnlineConfig",
-    "OnlineDPOConfig",
-    "OnlineResponsesConfig",
-    "POVIDConfig",
-    "PairMethodConfig",
-    "RAFTConfig",
-    "RLHFVConfig",
-    "ReAlignConfig",
-    "ResponseMethodConfig",
-    "ResponseSFTConfig",
-    "SFTConfig",
-    "SPOConfig",
-    "StepPreferenceConfig",
-    "ThumbsMethodConfig",
-    "TrajectoryConfig",
-    "find_method",
-    "learns_from_thumbs",
-]
 
 # The methods of each modality.
 METHODS: dict[str, tuple[type[MethodConfig], ...]] = {

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mmalign.config.base import LaggingConfig, MethodConfig, Section
-from mmalign.config.methods._shared import DenoisingMethodConfig, JudgedMethodConfig
+from mmalign.config.methods.kinds import DenoisingMethodConfig, JudgedMethodConfig
 
 
 class ImagesConfig(Section):

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mmalign.config.evaluation import DecodingConfig
-from mmalign.config.methods._shared import JudgedMethodConfig, ResponseMethodConfig
+from mmalign.config.methods.kinds import JudgedMethodConfig, ResponseMethodConfig
 
 
 class AnswersConfig(DecodingConfig):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mmalign.config.base import MethodConfig
 from mmalign.config.evaluation import Rewards
-from mmalign.config.methods._shared import (
+from mmalign.config.methods.kinds import (
     DenoisingMethodConfig,
     LikedShare,
     ListMethodConfig,

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from mmalign.config.base import Choice, MethodConfig
 from mmalign.config.evaluation import Combine, DecodingConfig, Rewards, check_combine
 from mmalign.config.judged_losses import GroupLossConfig, LambdaRankLossConfig
-from mmalign.config.methods._shared import ListMethodConfig, NumCachedDraws, ResponseMethodConfig, ThumbsMethodConfig
+from mmalign.config.methods.kinds import ListMethodConfig, NumCachedDraws, ResponseMethodConfig, ThumbsMethodConfig
 from mmalign.config.preparation import BdhsConfig
 
 

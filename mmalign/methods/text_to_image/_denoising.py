@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmalign.config.methods import DenoisingMethodConfig
+from mmalign.config.methods.kinds import DenoisingMethodConfig
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.noise import Schedule, mean_square
 from mmalign.families.base import TextToImage

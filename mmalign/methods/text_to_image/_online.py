@@ -24,7 +24,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mmalign.config.methods import AdvantageMethodConfig, GenerationConfig, ImagesConfig, JudgedConfig, OnlineConfig
+from mmalign.config.methods.online_images import (
+    AdvantageMethodConfig,
+    GenerationConfig,
+    ImagesConfig,
+    JudgedConfig,
+    OnlineConfig,
+)
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.noise import mean_square
 from mmalign.families.base import TextToImage

@@ -13,7 +13,7 @@ B prompts, K images of each; [KB] rows.
 
 from __future__ import annotations
 
-from mmalign.config.methods import AWMConfig as Config
+from mmalign.config.methods.online_images import AWMConfig as Config
 from mmalign.families.base import TextToImage
 from mmalign.losses import forward_process
 from mmalign.methods import Step

@@ -38,7 +38,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmalign.config.methods import CCAConfig as Config
+from mmalign.config.methods.text_to_image import CCAConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning

@@ -11,7 +11,7 @@ B prompts, K images of each; [KB] rows.
 
 from __future__ import annotations
 
-from mmalign.config.methods import CRDConfig as Config
+from mmalign.config.methods.online_images import CRDConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.families.base import TextToImage
 from mmalign.losses.forward_process import crd

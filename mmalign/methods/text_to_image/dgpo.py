@@ -11,7 +11,7 @@ B prompts, K images of each; [KB] rows.
 
 from __future__ import annotations
 
-from mmalign.config.methods import DGPOConfig as Config
+from mmalign.config.methods.online_images import DGPOConfig as Config
 from mmalign.families.base import TextToImage
 from mmalign.losses.forward_process import dgpo, within_trust
 from mmalign.methods import Step

@@ -24,8 +24,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from mmalign.config.methods import DenoisingMethodConfig
-from mmalign.config.methods import DiffusionDPOConfig as Config
+from mmalign.config.methods.kinds import DenoisingMethodConfig
+from mmalign.config.methods.text_to_image import DiffusionDPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step, reference_scores

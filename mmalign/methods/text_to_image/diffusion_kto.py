@@ -21,8 +21,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from mmalign.config.methods import DiffusionKTOConfig as Config
-from mmalign.config.methods import ImageListConfig
+from mmalign.config.methods.text_to_image import DiffusionKTOConfig as Config
+from mmalign.config.methods.text_to_image import ImageListConfig
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step, cached_scores, reference_scores

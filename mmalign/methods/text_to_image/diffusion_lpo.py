@@ -10,7 +10,7 @@ lambda_rank (RankDPO) and copg. Images of equal scores are not compared. Lists m
 
 from __future__ import annotations
 
-from mmalign.config.methods import ImageListConfig as Config
+from mmalign.config.methods.text_to_image import ImageListConfig as Config
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step, cached_scores
 from mmalign.methods._judged import list_step

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmalign.config.methods import DiffusionOnlineDPOConfig as Config
+from mmalign.config.methods.online_images import DiffusionOnlineDPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step

@@ -24,7 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mmalign.config.methods import FlowGRPOConfig as Config
+from mmalign.config.methods.online_images import FlowGRPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.steps import Gaussian, step, timestep
 from mmalign.families.base import TextToImage

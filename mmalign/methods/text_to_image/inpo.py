@@ -39,7 +39,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from mmalign.config.methods import InPOConfig as Config
+from mmalign.config.methods.text_to_image import InPOConfig as Config
 from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion import inversion

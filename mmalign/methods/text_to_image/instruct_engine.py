@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 
-from mmalign.config.methods import InstructEngineConfig as Config
+from mmalign.config.methods.text_to_image import InstructEngineConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step, reference_scores

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import torch
 
-from mmalign.config.methods import MaPOConfig as Config
+from mmalign.config.methods.text_to_image import MaPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Schedule

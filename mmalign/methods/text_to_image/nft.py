@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mmalign.config.methods import NFTConfig as Config
+from mmalign.config.methods.online_images import NFTConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.families.base import TextToImage
 from mmalign.losses import forward_process

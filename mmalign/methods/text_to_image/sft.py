@@ -5,7 +5,7 @@ loss = mean((target - network(x_t, t, prompt)) ** 2) on the chosen image alone (
 
 from __future__ import annotations
 
-from mmalign.config.methods import SFTConfig as Config
+from mmalign.config.methods.text_to_image import SFTConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.noise import mean_square
 from mmalign.families.base import TextToImage

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmalign.config.methods import SPOConfig as Config
+from mmalign.config.methods.text_to_image import SPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.steps import Gaussian, grid, step, timestep
 from mmalign.diffusion.walk import Walk

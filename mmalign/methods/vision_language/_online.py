@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmalign.config.methods import AnswersConfig, OnlineResponsesConfig
+from mmalign.config.methods.online_responses import AnswersConfig, OnlineResponsesConfig
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.pairs import stable_hash
 from mmalign.families.base import VisionLanguage

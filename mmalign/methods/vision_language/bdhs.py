@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmalign.config.methods import BDHSMethodConfig as Config
+from mmalign.config.methods.vision_language import BDHSMethodConfig as Config
 from mmalign.config.methods.vision_language import MixedConfig
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.pairs import ImageRef, ResponsePair

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from mmalign.config.methods import DPOConfig as Config
-from mmalign.config.methods import ResponseMethodConfig
+from mmalign.config.methods.kinds import ResponseMethodConfig
+from mmalign.config.methods.vision_language import DPOConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements, Step, reference_scores

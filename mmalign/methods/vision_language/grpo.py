@@ -22,7 +22,7 @@ from functools import partial
 
 from torch import Tensor
 
-from mmalign.config.methods import GRPOConfig as Config
+from mmalign.config.methods.online_responses import GRPOConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores

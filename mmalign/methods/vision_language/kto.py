@@ -19,7 +19,7 @@ from functools import partial
 
 from torch import nn
 
-from mmalign.config.methods import KTOConfig as Config
+from mmalign.config.methods.vision_language import KTOConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores

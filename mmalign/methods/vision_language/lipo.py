@@ -10,7 +10,7 @@ Responses of equal scores are not compared. Lists may have different lengths.
 
 from __future__ import annotations
 
-from mmalign.config.methods import LiPOConfig as Config
+from mmalign.config.methods.vision_language import LiPOConfig as Config
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements, Step, cached_scores
 from mmalign.methods._judged import OUTPUTS, list_step

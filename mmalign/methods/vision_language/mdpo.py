@@ -19,7 +19,7 @@ from functools import partial
 
 from PIL import Image
 
-from mmalign.config.methods import MDPOConfig as Config
+from mmalign.config.methods.vision_language import MDPOConfig as Config
 from mmalign.data.augment import random_crop
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage

@@ -20,7 +20,7 @@ from functools import partial
 
 from torch import Tensor
 
-from mmalign.config.methods import OnlineDPOConfig as Config
+from mmalign.config.methods.online_responses import OnlineDPOConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements, Step

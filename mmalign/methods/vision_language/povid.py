@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.config.methods import POVIDConfig as Config
+from mmalign.config.methods.vision_language import POVIDConfig as Config
 from mmalign.data.augment import diffuse_image
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage

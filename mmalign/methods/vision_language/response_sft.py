@@ -5,7 +5,7 @@ loss = mean_t -log p(y_t | image, prompt, y_<t)      over the chosen response's 
 
 from __future__ import annotations
 
-from mmalign.config.methods import ResponseSFTConfig as Config
+from mmalign.config.methods.vision_language import ResponseSFTConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mmalign.config.methods import RLHFVConfig as Config
+from mmalign.config.methods.vision_language import RLHFVConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens

@@ -1,4 +1,4 @@
-"""Hyper-parameters that methods with a pair loss share."""
+"""Hyper-parameters shared by the methods that learn from pairs, from thumbs or from lists, and by their judges."""
 
 from __future__ import annotations
 
