@@ -88,9 +88,12 @@ def is_hub_id(name: str) -> bool:
 def resolve_model(name: str) -> str:
     """Return a local model's path, or the unchanged Hub id; a local path precedes a Hub id of the same spelling.
 
+    The schemas of open_clip's names, `hf-hub:` and `local-dir:`, are left out.
+
     Raises:
         ValueError: the name is neither. A name in `models/` or with a leading `.`, `/` or `~` is never a Hub id.
     """
+    name = name.removeprefix("hf-hub:").removeprefix("local-dir:")
     try:
         return str(resolve(name))
     except ValueError as missing:

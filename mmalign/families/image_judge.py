@@ -28,7 +28,6 @@ from mmalign.families import lora
 from mmalign.families.types import Loading, LoraSettings
 from mmalign.policy.sharding import ShardPlan
 from mmalign.reading.weights import tensors_only
-from mmalign.resources import resolve_model
 from mmalign.rewards import _clip_files, open_clip
 from mmalign.rewards._annotators import UNKNOWN, AnnotatorMixture, Form, load_mixture
 from mmalign.rewards._attributes import AttributeHeads, Scales, load_heads
@@ -312,7 +311,8 @@ class ImageJudge:
 
     def load_trained(self, folder: Path) -> nn.Module:
         with tensors_only():
-            net = ClipScorer(open_clip.load_parts(str(folder)).model, load_heads(folder), load_mixture(folder))
+            path = str(folder)
+            net = ClipScorer(open_clip.load_parts(path).model, load_heads(path), load_mixture(path))
         return net.requires_grad_(False).eval().to(self.loading.device)
 
     def preprocess(self, image: Image.Image) -> Tensor:
@@ -381,8 +381,7 @@ def load(
         )
     heads, mixture = AttributeHeads(attributes, _width(parts.model)) if attributes else None, None
     if shares_only:
-        folder = Path(resolve_model(path))
-        heads, mixture = load_heads(folder), load_mixture(folder)
+        heads, mixture = load_heads(path), load_mixture(path)
     network = ClipScorer(parts.model.float(), heads, mixture).requires_grad_(False).eval().to(loading.device)
     # Raises now for a tower without a known last layer, not when training begins
     if head_only:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +17,6 @@ from mmalign.data.splits import split
 from mmalign.families.image_judge import ImageJudge
 from mmalign.methods import Requirements, requirements_of
 from mmalign.modalities.text_to_image import data
-from mmalign.resources import resolve_model
 from mmalign.rewards._annotators import AnnotatorMixture, load_mixture
 
 logger = logging.getLogger(__name__)
@@ -42,7 +40,7 @@ def mixture_of(model: ImageJudgeModel) -> AnnotatorMixture:
     Raises:
         ValueError: the judge has none, or one prototype alone, or its file is damaged.
     """
-    mixture = load_mixture(Path(resolve_model(model.path)))
+    mixture = load_mixture(model.path)
     if mixture is None:
         raise ValueError(
             f"model.tune: annotators: the judge {model.path} has no annotators to add any to; name the folder of a "

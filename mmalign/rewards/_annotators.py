@@ -32,6 +32,7 @@ from typing_extensions import TypedDict
 
 from mmalign.reading import parse_as
 from mmalign.reading.weights import one_sentence
+from mmalign.rewards._weights import find_optional
 
 FILE = "annotators.safetensors"  # beside the weights of open_clip
 UNKNOWN = -1  # place of somebody without shares of his own
@@ -138,18 +139,19 @@ class AnnotatorMixture(nn.Module):
         save_file(content, folder / FILE, metadata={"annotators": json.dumps(about)})
 
 
-def load_mixture(folder: Path) -> AnnotatorMixture | None:
-    """Load the mixture of a judge's folder; None if it has none.
+def load_mixture(path: str) -> AnnotatorMixture | None:
+    """Load the mixture of a judge, a folder or a Hub id; None if it has none.
 
     Raises:
         ValueError: the file is damaged.
     """
-    if not (folder / FILE).is_file():
+    file = find_optional(path, FILE)
+    if file is None:
         return None
-    with one_sentence(f"{folder / FILE}: cannot be read", folder / FILE, "train the judge again"):
-        content = load_file(folder / FILE)
-        with safe_open(folder / FILE, "pt") as file:
-            settings = parse_as(_About, (file.metadata() or {}).get("annotators", "").encode())
+    with one_sentence(f"{file}: cannot be read", file, "train the judge again"):
+        content = load_file(file)
+        with safe_open(file, "pt") as opened:
+            settings = parse_as(_About, (opened.metadata() or {}).get("annotators", "").encode())
         prototypes, width = content["points"].shape
         number = settings.get("num_original")
         mixture = AnnotatorMixture(

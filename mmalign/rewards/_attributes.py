@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mmalign.reading import parse_as
 from mmalign.reading.weights import one_sentence
+from mmalign.rewards._weights import find_optional
 
 FILE = "attributes.safetensors"  # beside the weights of open_clip
 
@@ -67,17 +68,18 @@ class AttributeHeads(nn.Module):
         save_file(content, folder / FILE, metadata={"attributes": json.dumps(rows)})
 
 
-def load_heads(folder: Path) -> AttributeHeads | None:
-    """Load the heads of a judge's folder; None if it has none.
+def load_heads(path: str) -> AttributeHeads | None:
+    """Load the heads of a judge, a folder or a Hub id; None if it has none.
 
     Raises:
         ValueError: the file is damaged.
     """
-    if not (folder / FILE).is_file():
+    file = find_optional(path, FILE)
+    if file is None:
         return None
-    with one_sentence(f"{folder / FILE}: cannot be read", folder / FILE, "train the judge again"):
-        with safe_open(folder / FILE, "pt") as file:
-            weight, bias, about = file.get_tensor("weight"), file.get_tensor("bias"), file.metadata() or {}
+    with one_sentence(f"{file}: cannot be read", file, "train the judge again"):
+        with safe_open(file, "pt") as opened:
+            weight, bias, about = opened.get_tensor("weight"), opened.get_tensor("bias"), opened.metadata() or {}
         rows = parse_as(list[tuple[str, float, float]], about.get("attributes", "").encode())
         heads = AttributeHeads({name: (low, high) for name, low, high in rows}, weight.shape[1] // 2)
         heads.load_state_dict({"weight": weight, "bias": bias})

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmalign.language.tokens import forget_padding
-from mmalign.resources import resolve_model
 from mmalign.rewards import readable, transformers_clip
-from mmalign.rewards.open_clip import ClipParts, load_parts, open_clip_name, quiet
+from mmalign.rewards._weights import find_optional
+from mmalign.rewards.open_clip import ClipParts, load_parts, load_tokenizer, open_clip_name, quiet
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
@@ -27,7 +27,7 @@ def load_start(path: str, *, random: bool = False) -> ClipParts:
     Raises:
         ValueError: `path` is neither, or its weights are missing or do not fit its config.
     """
-    about = _config_file(resolve_model(path))
+    about = find_optional(path, CONFIG)
     # Random weights are the same in every call, and the caller's generator stays as it was
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -52,7 +52,7 @@ def random_parts(path: str) -> ClipParts:
         name = open_clip_name(path)
         with quiet():  # open_clip warns of random weights
             model, _, preprocess = open_clip.create_model_and_transforms(name, load_weights=False)
-        return ClipParts(model.float(), preprocess, open_clip.get_tokenizer(name), {})
+        return ClipParts(model.float(), preprocess, load_tokenizer(name), {})
 
 
 def write(parts: ClipParts, folder: Path, weights: dict[str, Tensor], name: str = WEIGHTS) -> None:
@@ -65,16 +65,3 @@ def write(parts: ClipParts, folder: Path, weights: dict[str, Tensor], name: str 
         forget_padding(parts.tokenize.tokenizer)
         parts.tokenize.save_pretrained(folder)
     save_file({name: x.detach().contiguous().cpu() for name, x in weights.items()}, folder / name)
-
-
-def _config_file(resolved: str) -> Path | None:
-    """Return the path of a model's open_clip config, from a folder or the Hub; None if there is none."""
-    if Path(resolved).is_dir():
-        return Path(resolved) / CONFIG if (Path(resolved) / CONFIG).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(resolved, CONFIG))
-    except EntryNotFoundError:
-        return None

@@ -36,6 +36,24 @@ def find_file(judge: str, path: str, name: str) -> Path:
         ) from error
 
 
+def find_optional(path: str, name: str) -> Path | None:
+    """Return a file of a folder or of a repository on the Hub, downloaded if need be; None if there is none.
+
+    Raises:
+        ValueError: there is no such folder, and `path` is no Hub id.
+    """
+    resolved = Path(resolve_model(path))
+    if resolved.exists():
+        return resolved / name if (resolved / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(resolved), name))
+    except EntryNotFoundError:  # also without a connection, where the local cache has no such file
+        return None
+
+
 def read_tensors(judge: str, file: Path, example: str, inner: str = "") -> Mapping[str, Tensor]:
     """Return the tensors of a safetensors file, or of a pickle that holds nothing else.
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from mmalign.resources import resolve_model
 from mmalign.rewards import BatchConfig, check_files, in_batches, readable
-from mmalign.rewards._annotators import load_mixture
-from mmalign.rewards._attributes import load_heads
+from mmalign.rewards._annotators import AnnotatorMixture, load_mixture
+from mmalign.rewards._attributes import AttributeHeads, load_heads
+from mmalign.rewards._weights import find_optional
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 check = check_files
 KNOWN = 8192  # prompts in the cache of text features
 LISTED = 10  # annotators that a message names
+TOKENIZER = ["open_clip_config.json", "*token*", "vocab*", "merges*", "*.model"]  # files of a repository
 
 
 class Config(BatchConfig):
@@ -153,17 +155,19 @@ def load(path: str, device: torch.device, cfg: Config) -> OpenClip:
             attribute or annotator.
     """
     judge = scorer(load_parts(path, cfg.pretrained), device, cfg.batch_size)
-    path = path if cfg.pretrained is not None else resolve_model(path)  # an architecture of open_clip has no folder
-    if cfg.attribute is None:
-        return replace(judge, head=_taste(path, cfg.annotator, judge))
-    if cfg.annotator is not None:
+    if cfg.attribute is not None and cfg.annotator is not None:
         raise ValueError("reward open_clip: annotator: an attribute is the same for all; leave one of them out")
-    return replace(judge, head=_attribute(path, cfg.attribute, device))
+    # An architecture of open_clip has no folder
+    trained = cfg.pretrained is None
+    if cfg.attribute is not None:
+        return replace(judge, head=_attribute(path, load_heads(path) if trained else None, cfg.attribute, device))
+    return replace(judge, head=_taste(path, load_mixture(path) if trained else None, cfg.annotator, judge))
 
 
-def _attribute(path: str, name: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def _attribute(
+    path: str, heads: AttributeHeads | None, name: str, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the head of an attribute of a trained judge."""
-    heads = load_heads(Path(path))
     known = list(heads.scales) if heads is not None else []
     if heads is None or name not in known:
         raise ValueError(
@@ -174,9 +178,10 @@ def _attribute(path: str, name: str, device: torch.device) -> Callable[[Tensor, 
     return lambda images, prompts: placed(images, prompts)[:, known.index(name)]
 
 
-def _taste(path: str, name: str | int | None, judge: OpenClip) -> Callable[[Tensor, Tensor], Tensor] | None:
+def _taste(
+    path: str, mixture: AnnotatorMixture | None, name: str | int | None, judge: OpenClip
+) -> Callable[[Tensor, Tensor], Tensor] | None:
     """Return the score by a trained judge's mixture, of an annotator or of all; None for a judge without a mixture."""
-    mixture = load_mixture(Path(path))
     known = mixture.names if mixture is not None else ()
     if name is not None and str(name) not in known:
         listed = ", ".join(known[:LISTED]) + (f" and {len(known) - LISTED} more" if len(known) > LISTED else "")
@@ -225,8 +230,24 @@ def load_parts(path: str, pretrained: str | None = None) -> ClipParts:
         name = open_clip_name(path, pretrained)
         # `create_model` would return random weights if it finds none.
         model, preprocess = open_clip.create_model_from_pretrained(name, pretrained, precision="fp32")
-        tokenize = open_clip.get_tokenizer(name)
+        tokenize = load_tokenizer(name)
     return ClipParts(model, preprocess, tokenize, {})
+
+
+def load_tokenizer(name: str) -> Callable[[Sequence[str]], Tensor]:
+    """Return the tokenizer of a model by open_clip's name; its own files, if it has any, come first.
+
+    Of models on the Hub open_clip reads the tokenizer that the config names, which for a trained judge is that of the
+    model before training, and may be a local one.
+    """
+    import open_clip
+    from huggingface_hub import snapshot_download
+
+    model = name.removeprefix("hf-hub:")
+    if name != model and find_optional(model, "tokenizer_config.json") is not None:
+        name = f"local-dir:{snapshot_download(model, allow_patterns=TOKENIZER)}"
+    tokenize: Callable[[Sequence[str]], Tensor] = open_clip.get_tokenizer(name)
+    return tokenize
 
 
 @contextlib.contextmanager
@@ -242,8 +263,8 @@ def quiet() -> Iterator[None]:
 
 def open_clip_name(path: str, pretrained: str | None = None) -> str:
     """Return open_clip's name of a model: with a schema for folders and Hub ids, bare for its own architectures."""
-    bare = path.removeprefix("hf-hub:").removeprefix("local-dir:")
     if pretrained is not None:
-        return bare  # open_clip refuses a folder or Hub id under its bare name, as it should: these have weights
-    resolved = resolve_model(bare)
+        # open_clip refuses a folder or Hub id under its bare name, as it should: these have weights
+        return path.removeprefix("hf-hub:").removeprefix("local-dir:")
+    resolved = resolve_model(path)
     return f"local-dir:{resolved}" if Path(resolved).exists() else f"hf-hub:{resolved}"

@@ -34,9 +34,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mmalign.resources import resolve_model
 from mmalign.rewards import BatchConfig, _clip_files, _spo_release, check_files, in_batches, readable, transformers_clip
 from mmalign.rewards._clip_files import CONFIG
+from mmalign.rewards._weights import find_optional
 from mmalign.rewards.open_clip import ClipParts, TextFeatures, unit_vectors
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def begin(path: str) -> Parts:
     Raises:
         ValueError: `path` is none of these, or the CLIP's vision tower cannot be conditioned on the timestep.
     """
-    if (Path(resolve_model(path)) / WEIGHTS).is_file():
+    if find_optional(path, WEIGHTS) is not None:
         return read(path)
     try:
         parts = _clip_files.load_start(path)
@@ -227,22 +227,22 @@ def begin(path: str) -> Parts:
 
 
 def read(path: str) -> Parts:
-    """Load a step-aware network and its parts from a folder that `save` wrote.
+    """Load a step-aware network and its parts from a folder that `save` wrote, or from the Hub.
 
     Raises:
         ValueError: the folder has no such network, or its weights are incomplete or do not fit its config.
     """
-    folder = Path(resolve_model(path))
-    if not (folder / WEIGHTS).is_file():
+    weights, about = find_optional(path, WEIGHTS), find_optional(path, CONFIG)
+    if weights is None or about is None:
         raise ValueError(
             f"reward step_aware: {path} has no {WEIGHTS}; expected the folder of a step judge, as the method "
             "step_preference trains it"
         )
     with readable("step_aware", path, "it may be incomplete: copy it again"):
-        clip = _clip_files.random_parts(str(folder))
+        clip = _clip_files.random_parts(path)
         net = _conditioned(path, clip.model)
-        net.load_state_dict(load_file(folder / WEIGHTS))
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        net.load_state_dict(load_file(weights))
+        config = json.loads(about.read_text(encoding="utf-8"))
     return Parts(net, clip.preprocess, clip.tokenize, config)
 
 

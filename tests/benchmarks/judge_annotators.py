@@ -145,7 +145,7 @@ def outcomes(margins: NDArray[np.float64], pairs: Sequence[Pair]) -> Outcomes:
 def right(judge: Path, people: Sequence[Person], *, own: bool = False) -> Outcomes:
     """Return 1 for each test pair [P, T] that a judge orders as labelled, by each person's own taste or the mean."""
     model = open_clip.load(str(judge), torch.device("cpu"), open_clip.Config())
-    mixture, rows = load_mixture(judge), list[Outcomes]()
+    mixture, rows = load_mixture(str(judge)), list[Outcomes]()
     for person in people:
         images = [Image.open(io.BytesIO(image)) for pair in person.test for image in pair.images]
         prompts = [pair.prompt for pair in person.test for _ in range(2)]

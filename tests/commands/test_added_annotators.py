@@ -81,7 +81,7 @@ def test_a_new_annotator_changes_nothing_else(judge: Path, tmp_path: Path) -> No
     train_weights(added(model, tmp_path), f"output={tmp_path / 'next'}")
     for name in (*OLD, "eve"):
         assert torch.equal(score(model, name), score(tmp_path / "next" / "model", name))
-    mixture = load_mixture(tmp_path / "next" / "model")
+    mixture = load_mixture(str(tmp_path / "next" / "model"))
     assert mixture is not None and (mixture.names, mixture.num_original) == (("ann", "ben", "eve", "fay"), 2)
 
 

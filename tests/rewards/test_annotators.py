@@ -93,15 +93,16 @@ def test_a_mixture_is_read_as_it_was_written(form: Form, tmp_path: Path) -> None
     judge = mixture(form).float()
     judge.save(tmp_path)
     first = (tmp_path / FILE).read_bytes()
-    read = load_mixture(tmp_path)
+    read = load_mixture(str(tmp_path))
     assert read is not None and (read.names, read.form) == (judge.names, form)
     assert all(torch.equal(own, read.get_parameter(name)) for name, own in judge.named_parameters())
     read.save(tmp_path)
     assert (tmp_path / FILE).read_bytes() == first
-    assert load_mixture(tmp_path / "elsewhere") is None
+    (tmp_path / "empty").mkdir()
+    assert load_mixture(str(tmp_path / "empty")) is None
     (tmp_path / FILE).write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"annotators\.safetensors: cannot be read .*; train the judge again"):
-        load_mixture(tmp_path)
+        load_mixture(str(tmp_path))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -123,7 +124,7 @@ def test_the_mean_is_that_of_the_original_annotators(tmp_path: Path) -> None:
     with torch.no_grad():
         more.added[0, 0] += 1
     more.save(tmp_path)
-    read = load_mixture(tmp_path)
+    read = load_mixture(str(tmp_path))
     assert read is not None and (read.names, read.num_original, read.added) == (more.names, 3, None)
     assert torch.equal(read.shares(), more.shares()) and torch.equal(read.shares()[-1], judge.shares()[-1])
     assert not torch.allclose(read.shares()[:-1].mean(0), read.shares()[-1])
@@ -142,5 +143,5 @@ def test_a_file_of_an_earlier_version_has_the_mean_of_all(tmp_path: Path) -> Non
     judge = mixture("distance").float()
     content = {name: weight.detach() for name, weight in judge.named_parameters()}
     save_file(content, tmp_path / FILE, metadata={"annotators": '{"names": ["ann", "ben", "cem"], "form": "distance"}'})
-    read = load_mixture(tmp_path)
+    read = load_mixture(str(tmp_path))
     assert read is not None and torch.equal(read.shares(), judge.shares())

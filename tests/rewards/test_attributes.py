@@ -41,10 +41,11 @@ def test_heads_are_read_as_they_were_written(tmp_path: Path) -> None:
     with torch.no_grad():
         heads.weight.add_(torch.arange(8.0).view(2, 4))
     heads.save(tmp_path)
-    read = load_heads(tmp_path)
+    read = load_heads(str(tmp_path))
     assert read is not None and list(read.scales.items()) == list(SCALES.items())
     assert torch.equal(read.weight, heads.weight) and torch.equal(read.high, heads.high)
-    assert load_heads(tmp_path / "elsewhere") is None
+    (tmp_path / "empty").mkdir()
+    assert load_heads(str(tmp_path / "empty")) is None
     (tmp_path / FILE).write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"attributes\.safetensors: cannot be read"):
-        load_heads(tmp_path)
+        load_heads(str(tmp_path))
