@@ -29,7 +29,7 @@ from tests.benchmarks import study_data
 IMAGES, RESPONSES = "configs/text_to_image/diffusion_dpo_tiny_sd.yaml", "configs/vision_language/dpo_tiny_llava.yaml"
 LISTS = "configs/text_to_image/diffusion_lpo_tiny_sd.yaml"
 SFT, RESPONSE_SFT = "configs/text_to_image/sft_tiny_sd.yaml", "configs/vision_language/response_sft_tiny_llava.yaml"
-VALIDATION = ("evaluate.split=validation",)
+VALIDATION = ("evaluate.split=validation", "evaluate.best_of=null")  # best of n takes no part in a search
 PAIRS = Path("assets/quickstart-pairs.parquet")
 WORTH = 4.0  # log-odds of a fulfilled part of a prompt, for MODPO's margin
 # Without a part of sums, and a loss that needs a known rate
