@@ -15,7 +15,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mmalign.commands.compare import compare
@@ -31,6 +31,7 @@ LISTS = "configs/text_to_image/diffusion_lpo_tiny_sd.yaml"
 SFT, RESPONSE_SFT = "configs/text_to_image/sft_tiny_sd.yaml", "configs/vision_language/response_sft_tiny_llava.yaml"
 VALIDATION = ("evaluate.split=validation", "evaluate.best_of=null")  # best of n takes no part in a search
 PAIRS = Path("assets/quickstart-pairs.parquet")
+ONLINE, ONLINE_UPDATES = ("diffusion_online_dpo", "nft", "awm", "dgpo", "flow_grpo", "spo"), 120
 WORTH = 4.0  # log-odds of a fulfilled part of a prompt, for MODPO's margin
 # Without a part of sums, and a loss that needs a known rate
 LOSSES = {name: kind for name, kind in Choice.sections(PairLossConfig).items() if name not in ("anchor", "robust")}
@@ -53,12 +54,14 @@ class Study:
         arms: the arms.
         write: write the data that the arms read.
         rates: the learning rates to choose from; none to keep the recipes'.
+        search: settings of the search alone, such as fewer updates, by arm.
         lower_is_better: the sign of the first measure.
     """
 
     arms: Mapping[str, Arm]
     write: Callable[[], None] = lambda: None
     rates: Sequence[float] = ()
+    search: Mapping[str, Sequence[str]] = field(default_factory=dict)
     lower_is_better: bool = False
 
 
@@ -121,11 +124,28 @@ def objectives(folder: Path) -> Study:
     return Study(arms, write)
 
 
-def _generate_lists(folder: Path) -> Path:
-    """Return the file of four judged images for each of 400 prompts, generated once."""
+def online_images(folder: Path) -> Study:
+    """Return the study of learning online, beside methods that learn from as many images of the base model."""
+    pairs, number = folder / "pairs.parquet", ONLINE_UPDATES // 4 * 96  # images: 16 prompts, 6 each, 4 updates
+
+    def write() -> None:
+        # With the sampler of the online methods, four images of each prompt
+        sampler = ["prepare.sampling.steps=10", "prepare.sampling.guidance=1.0"]
+        source = _generate_lists(folder, [f"prepare.prompts={number // 4}", *sampler])
+        print(f"{pairs}: {study_data.write_best_and_worst(source, pairs)} pairs of {number:,} images")
+
+    online = {name: f"configs/text_to_image/{name}_tiny_sd.yaml" for name in ONLINE}
+    arms = {name: Arm(recipe, [f"train.steps={ONLINE_UPDATES}"]) for name, recipe in online.items()}
+    offline = {"sft": Arm(SFT, [f"data.path={pairs}"]), "diffusion_dpo": Arm(IMAGES, [f"data.path={pairs}"])}
+    shorter = {name: [f"train.steps={ONLINE_UPDATES // 3}"] for name in online}
+    return Study({**offline, **arms}, write, rates=(1e-5, 3e-5), search=shorter)
+
+
+def _generate_lists(folder: Path, settings: Sequence[str] = ()) -> Path:
+    """Return the file of four judged images for each of 400 prompts or as many as set, generated once."""
     file = folder / "lists.parquet"
     if not file.is_file():
-        prepare(load_recipe(LISTS, [f"data.path={file}", f"output={folder / 'generation'}"]))
+        prepare(load_recipe(LISTS, [f"data.path={file}", f"output={folder / 'generation'}", *settings]))
     return file
 
 
@@ -153,6 +173,7 @@ STUDIES: Mapping[str, Callable[[Path], Study]] = {
     "thumbs": thumbs,
     "lists": lists,
     "objectives": objectives,
+    "online_images": online_images,
     "pair_losses": pair_losses,
     "response_losses": response_losses,
 }
@@ -167,7 +188,9 @@ def search(study: Study, folder: Path) -> dict[str, float]:
     """Return the rate of every arm that does best on the validation split with one seed."""
     sources = {
         (name, rate): _write_recipe(
-            folder / "recipes" / f"{name}-{rate:g}.yaml", arm, [f"train.lr={rate}", *VALIDATION]
+            folder / "recipes" / f"{name}-{rate:g}.yaml",
+            arm,
+            [f"train.lr={rate}", *study.search.get(name, ()), *VALIDATION],
         )
         for name, arm in study.arms.items()
         for rate in study.rates
