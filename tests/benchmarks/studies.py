@@ -27,6 +27,7 @@ from mmalign.training.export import read_run_info
 from tests.benchmarks import study_data
 
 IMAGES, RESPONSES = "configs/text_to_image/diffusion_dpo_tiny_sd.yaml", "configs/vision_language/dpo_tiny_llava.yaml"
+ONLINE_RESPONSES = "configs/vision_language/online_dpo_tiny_llava.yaml"
 LISTS = "configs/text_to_image/diffusion_lpo_tiny_sd.yaml"
 SFT, RESPONSE_SFT = "configs/text_to_image/sft_tiny_sd.yaml", "configs/vision_language/response_sft_tiny_llava.yaml"
 VALIDATION = ("evaluate.split=validation", "evaluate.best_of=null")  # best of n takes no part in a search
@@ -168,12 +169,30 @@ def response_losses(folder: Path) -> Study:
     return Study({"sft": Arm(RESPONSE_SFT), **arms}, rates=(2.5e-5, 5e-5), lower_is_better=True)
 
 
+def online_responses(folder: Path) -> Study:
+    """Return the study of what online DPO and IPO compare with: the model before training, a mixture, or its past.
+
+    IPO's margin is 5 nats a response, a quarter of a nat for each of about 20 tokens, as INPO's published one.
+    """
+    ipo = ["method.loss=ipo", "method.score=sum", "method.beta=0.1"]
+    settings = {
+        "dpo": [],
+        "dpo_moving": ["method.reference={every: 50, mix: 0.6}"],
+        "ipo": ipo,
+        "ipo_md": [*ipo, "method.mixture=0.25"],
+        "inpo": [*ipo, "method.reference={every: 50, mix: 1.0}", "method.base_share=0.333"],
+    }
+    arms = {name: Arm(ONLINE_RESPONSES, overrides) for name, overrides in settings.items()}
+    return Study(arms, rates=(2e-5, 5e-5), lower_is_better=True)
+
+
 STUDIES: Mapping[str, Callable[[Path], Study]] = {
     "flipped_labels": flipped_labels,
     "thumbs": thumbs,
     "lists": lists,
     "objectives": objectives,
     "online_images": online_images,
+    "online_responses": online_responses,
     "pair_losses": pair_losses,
     "response_losses": response_losses,
 }
