@@ -259,7 +259,7 @@ def as_scores(source: str, values: object, prompts: Sequence[str], remedy: str) 
 
     Args:
         source: the program, for messages.
-        values: its result: a list, tuple, array or tensor of numbers, one for each prompt.
+        values: its result: a list, tuple, array or tensor of numbers or truth values, one for each prompt.
         prompts: the batch's prompts [N].
         remedy: the end of a message.
 
@@ -285,8 +285,8 @@ def as_scores(source: str, values: object, prompts: Sequence[str], remedy: str) 
 
 
 def _as_float(number: object) -> object:
-    """Return a number as a float, one beyond the range of floats as infinity, and anything else as it is."""
-    if isinstance(number, bool) or not isinstance(number, Real):
+    """Return a number as a float, true as 1, one beyond the range of floats as infinity, anything else as it is."""
+    if not isinstance(number, Real | np.bool_):
         return number
     try:
         return float(number)

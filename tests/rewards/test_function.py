@@ -31,7 +31,8 @@ def counts(images, prompts):
 def short(images, prompts): return [1.0] * (len(images) - 1)
 def nan(images, prompts): return [1.0, float("nan")]
 def text(images, prompts): return ["good", "bad"]
-def truth(images, prompts): return [True, False]
+def truths(images, prompts): return [image.width > 8 for image in images]
+def numpys_truths(images, prompts): return list(np.array([False, False]))
 def one(images, prompts): return 1.0
 def nothing(images, prompts): return None
 def columns(images, prompts): return torch.zeros(2, 1)
@@ -69,6 +70,12 @@ def test_tensors_and_arrays_are_scores(module: str) -> None:
     assert load_reward_model("function", f"{module}:short")([], []).shape == (0,)
 
 
+def test_truth_values_are_scores(module: str) -> None:
+    wider = GREY.resize((9, 8))
+    for name, expected in (("truths", [0, 1]), ("numpys_truths", [0, 0])):
+        assert load_reward_model("function", f"{module}:{name}")([GREY, wider], ["a", "b"]).tolist() == expected
+
+
 def test_batches_are_no_larger_than_the_option(module: str) -> None:
     load_reward_model("function", f"{module}:counts", batch_size=2)([GREY] * 5, ["a"] * 5)
     assert sys.modules[module].seen == [2, 2, 1]
@@ -80,7 +87,6 @@ def test_batches_are_no_larger_than_the_option(module: str) -> None:
         ("short", "returned 1 scores for 2 prompts"),
         ("nan", "returned nan for the prompt 'a star'"),
         ("text", "returned 'good' for the prompt 'a dog'"),
-        ("truth", "returned True for the prompt 'a dog'"),
         ("one", "returned float; expected a list of 2 numbers"),
         ("nothing", "returned NoneType; expected a list of 2 numbers"),
         ("columns", r"returned \[0.0\] for the prompt 'a dog'"),
