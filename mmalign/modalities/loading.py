@@ -73,7 +73,7 @@ def load_bare(recipe: Recipe, device: torch.device) -> Any:
     """
     model, options = recipe.model, recipe.train
     size = recipe.data.resolution if isinstance(recipe.data, ImageData) else None
-    # Merged on loading; an adapter to continue is added by `build_policy`
+    # Merged on loading; an adapter to continue is added by `build_policy` and `load_to_generate`
     adapter = model.adapter
     disable_progress_bars()
     return modality_of(recipe).load_family(
@@ -91,6 +91,19 @@ def load_bare(recipe: Recipe, device: torch.device) -> Any:
             pack_responses=options.pack_responses != "off",
         ),
     )
+
+
+def load_to_generate(recipe: Recipe, device: torch.device) -> Any:
+    """Load the model that a training begins with, frozen: with the adapter that it continues, if the recipe names one.
+
+    Raises:
+        ValueError: `load_model` refuses the recipe, or the adapter cannot be read or is another model's.
+    """
+    family, adapter = load_model(recipe, device), recipe.model.adapter
+    if adapter is not None and adapter.use == "continue":
+        family.continue_adapter(resolve_model(adapter.path))
+        family.network.requires_grad_(False).eval()
+    return family
 
 
 def load_for_training(recipe: Recipe, device: torch.device) -> Any:

@@ -56,7 +56,7 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
 
     # Images and rewards
     device, started = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time()
-    family = loading.load_model(recipe, device)
+    family = loading.load_to_generate(recipe, device)
     reward_model = loading.build_reward_model(
         section.reward,
         device,

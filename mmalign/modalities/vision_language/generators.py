@@ -118,7 +118,7 @@ def load_work(
 
 def _sampler(recipe: Recipe, device: torch.device, rng: KeyedRNG) -> tuple[ResponseSampler, dict[str, str]]:
     """Return a sampler of the recipe's model, and the model's path, fingerprint and precision."""
-    family: VisionLanguage = loading.load_model(recipe, device)
+    family: VisionLanguage = loading.load_to_generate(recipe, device)
     dependencies = {
         "model": recipe.model.path,
         "fingerprint": fingerprint.fingerprint_weights(family.network),

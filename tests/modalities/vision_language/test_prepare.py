@@ -21,6 +21,7 @@ from mmalign.language.objects import coco_vocabulary
 from mmalign.rng import KeyedRNG
 from mmalign.synthesis.bdhs import ResponseSampler
 from mmalign.synthesis.rejected_responses import ImageIndex
+from tests.commands.test_export import adapted
 from tests.helpers import Folders, data_files
 from tests.helpers.loading import load_vlm
 from tests.helpers.preparation import ANSWERS, FEW, OWN, REALIGN, answers, prepared, refused, text
@@ -51,6 +52,17 @@ def test_the_model_s_own_answers_are_those_that_it_gives(content: Any, vlm_folde
         (own,) = family.generate(family.network, [prompt], features, decoding, rows=[0], rng=KeyedRNG(1))
         assert pair.rejected == own.text.strip() != pair.chosen
         assert row["provenance"]["settings"] == {"max_new_tokens": 4, "temperature": 0.0, "batch_size": 3}
+
+
+def test_own_answers_are_those_of_the_adapter_to_continue(content: Any, vlm_folders: Folders, tmp_path: Path) -> None:
+    first = adapted(load_vlm(vlm_folders("llava")))
+    first.export(tmp_path / "adapter", first.network, "peft", None)
+    bare, _ = prepared(content("own"))
+    continued = content("own")
+    continued["model"] |= {"tune": "lora", "adapter": {"path": str(tmp_path / "adapter"), "use": "continue"}}
+    continued["data"]["path"] = str(tmp_path / "continued.jsonl")
+    rows, _ = prepared(continued)
+    assert [row["rejected"] for row in rows] != [row["rejected"] for row in bare]
 
 
 def test_answers_that_the_limit_cuts_are_left_out(content: Any, monkeypatch: pytest.MonkeyPatch) -> None:
