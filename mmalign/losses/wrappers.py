@@ -1,4 +1,4 @@
-"""Functions from a pair loss to another: labels, f-divergences, sums, and a cap of the logit.
+"""Labels, f-divergences and a cap of the logit, around any pair loss (`link`).
 
 B is the number of pairs; scores and `beta` are those of `mmalign.losses.pairwise`.
 """
@@ -47,27 +47,28 @@ class Labels(NamedTuple):
         )
 
 
-def labelled(link: PairLoss, labels: Labels, beta: float) -> PairLoss:
-    """Return the loss of labelled pairs: `weight * (p link(pair) + (1 - p) link(swapped pair))`, p the preference.
+def labelled(link: PairLoss, labels: Labels, beta: float, policy: Pair, reference: Pair) -> Tensor:
+    """Return the losses [B] of labelled pairs: `weight * (p link(pair) + (1 - p) link(swapped pair))`.
 
-    The margin counts as a gain of the reference, so the logit of a pair becomes `z - margin`. A preference above 1 is a
-    loss that is unbiased under label noise (`robust`).
+    p is the preference; above 1 the loss is unbiased under label noise (`robust`). The margin counts as a gain of the
+    reference, so the logit of a pair becomes `z - margin`.
     """
-
-    def loss(policy: Pair, reference: Pair) -> Tensor:
-        # The margin as a gain of the reference, and the loss of the opposite label in its share
-        reference = Pair(reference.chosen + labels.margin / beta, reference.rejected)
-        share, values = labels.preference, link(policy, reference)
-        if (share != 1).any():
-            values = share * values + (1 - share) * link(swapped(policy), swapped(reference))
-        return labels.weight * values
-
-    return loss
+    reference = Pair(reference.chosen + labels.margin / beta, reference.rejected)
+    share, losses = labels.preference, link(policy, reference)
+    # The loss of the opposite label, in its share
+    if (share != 1).any():
+        losses = share * losses + (1 - share) * link(swapped(policy), swapped(reference))
+    return labels.weight * losses
 
 
 def swapped(pair: Pair) -> Pair:
     """Return the scores with the sides exchanged."""
     return Pair(pair.rejected, pair.chosen)
+
+
+def without_reference(policy: Pair) -> Pair:
+    """Return zeros in place of the reference's scores."""
+    return Pair(*map(torch.zeros_like, policy))
 
 
 def js(gain: Tensor) -> Tensor:
@@ -85,39 +86,21 @@ def alpha_divergence(gain: Tensor, coefficient: float) -> Tensor:
     return torch.exp(((coefficient - 1) * gain).clamp(max=MAX_EXPONENT)) / (coefficient - 1)
 
 
-def shaped(link: PairLoss, shape: Callable[[Tensor], Tensor]) -> PairLoss:
-    """Return the loss under another f-divergence (arXiv:2309.16240): each side's gain h becomes `shape(h)`."""
+def shaped(shape: Callable[[Tensor], Tensor], policy: Pair, reference: Pair) -> Pair:
+    """Return scores for a loss under another f-divergence (arXiv:2309.16240): each side's gain h becomes `shape(h)`.
 
-    def loss(policy: Pair, reference: Pair) -> Tensor:
-        gains = Pair(shape(policy.chosen - reference.chosen), shape(policy.rejected - reference.rejected))
-        return link(gains, Pair(*map(torch.zeros_like, gains)))
-
-    return loss
+    They include the reference's, in whose place the loss gets zeros.
+    """
+    return Pair(shape(policy.chosen - reference.chosen), shape(policy.rejected - reference.rejected))
 
 
-def summed(links: Sequence[tuple[float, PairLoss]]) -> PairLoss:
-    """Return the weighted sum of losses, as in MPO (arXiv:2411.10442); a single loss of weight 1 is returned as is."""
-    if len(links) == 1 and links[0][0] == 1:
-        return links[0][1]
-    return lambda policy, reference: torch.stack([w * link(policy, reference) for w, link in links]).sum(0)
-
-
-def capped(link: PairLoss, cap: float, beta: float) -> PairLoss:
-    """Return the loss of a capped logit, `min(z, cap)`: a pair beyond it has no gradient.
+def capped(link: PairLoss, cap: float, beta: float, policy: Pair, reference: Pair) -> Tensor:
+    """Return the losses [B] of a capped logit, `min(z, cap)`: a pair beyond it has no gradient.
 
     A run whose margins keep growing unlearns both sides; the cap stops the pairs that are learned.
     """
-
-    def loss(policy: Pair, reference: Pair) -> Tensor:
-        # Beyond the cap the chosen score is set back to it, and neither side has a gradient
-        excess = (policy.margin - reference.margin - cap / beta).detach()
-        over = excess > 0
-        chosen = torch.where(over, (policy.chosen - excess).detach(), policy.chosen)
-        return link(Pair(chosen, torch.where(over, policy.rejected.detach(), policy.rejected)), reference)
-
-    return loss
-
-
-def without_reference(link: PairLoss) -> PairLoss:
-    """Return the loss of the policy's scores alone, with zeros in place of the reference's."""
-    return lambda policy, _: link(policy, Pair(*map(torch.zeros_like, policy)))
+    # Beyond the cap the chosen score is set back to it, and neither side has a gradient
+    excess = (policy.margin - reference.margin - cap / beta).detach()
+    over = excess > 0
+    chosen = torch.where(over, (policy.chosen - excess).detach(), policy.chosen)
+    return link(Pair(chosen, torch.where(over, policy.rejected.detach(), policy.rejected)), reference)

@@ -1,4 +1,4 @@
-"""Bound functions and logged metrics of methods with a pair loss."""
+"""Losses and logged metrics of methods with a pair loss."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from mmalign.config.losses import LossConfig, LossTerm
+from mmalign.config.losses import LossConfig, PairLossConfig
 from mmalign.config.methods.kinds import PairMethodConfig
 from mmalign.losses import wrappers
-from mmalign.losses.pairwise import Pair, PairLoss
+from mmalign.losses.pairwise import Pair
 from mmalign.losses.wrappers import Labels
 from mmalign.methods import Step
 from mmalign.methods._pair_memory import noise_metrics, posteriors
@@ -29,15 +29,19 @@ def bound_loss(config: LossConfig, beta: float) -> Callable[..., Tensor]:
     return partial(function, beta=beta, **config.arguments)
 
 
-def bound_link(cfg: PairMethodConfig, labels: Labels | None = None) -> PairLoss:
-    """Return the pair loss of a method: the sum of its losses, with divergence, cap and the labels of a batch."""
-    return partial(_noisy, cfg, labels) if cfg.label_noise is not None else _bound_sum(cfg, labels)
+def pair_losses(cfg: PairMethodConfig, labels: Labels | None, policy: Pair, reference: Pair) -> Tensor:
+    """Return the losses [B] of a batch's pairs, whose labels may be wrong if the method learns their rate."""
+    if cfg.label_noise is not None:
+        share, _ = posteriors(cfg, labels, _label_gap(cfg, policy, reference))
+        # The preference becomes its posterior; margin and weight of a label stay
+        sure = Labels(share, torch.zeros_like(share), torch.ones_like(share))
+        labels = sure if labels is None else labels._replace(preference=share)
+    return _summed(cfg, labels, policy, reference)
 
 
-def view_link(cfg: PairMethodConfig, labels: Labels | None) -> PairLoss:
-    """Return the pair loss of other views than a pair's two sides: of its label they have the weight alone."""
-    certain = cfg if cfg.label_noise is None else cfg.model_copy(update={"label_noise": None})
-    return bound_link(certain, labels.sure() if labels is not None else None)
+def view_losses(cfg: PairMethodConfig, labels: Labels | None, policy: Pair, reference: Pair) -> Tensor:
+    """Return the losses [B] of other views than a pair's two sides: of its label they have the weight alone."""
+    return _summed(cfg, labels.sure() if labels is not None else None, policy, reference)
 
 
 def label_metrics(
@@ -46,74 +50,70 @@ def label_metrics(
     """Return the metrics of the labels' rates, each [B]; empty for a method that learns none."""
     if cfg.label_noise is None:
         return {}
-    sides = pair_of(policy_scores, reference_scores, "chosen", "rejected")
+    sides = pair_of(policy_scores, reference_scores)
     return noise_metrics(cfg, labels, posteriors(cfg, labels, _label_gap(cfg, *sides))[1])
-
-
-def _noisy(cfg: PairMethodConfig, labels: Labels | None, policy: Pair, reference: Pair) -> Tensor:
-    """Return the losses [B] of labels that may be wrong: their preference is its posterior."""
-    share, _ = posteriors(cfg, labels, _label_gap(cfg, policy, reference))
-    # The preference becomes its posterior; margin and weight of a label stay
-    sure = Labels(share, torch.zeros_like(share), torch.ones_like(share))
-    given = sure if labels is None else labels._replace(preference=share)
-    return _bound_sum(cfg, given)(policy, reference)
 
 
 @torch.no_grad()
 def _label_gap(cfg: PairMethodConfig, policy: Pair, reference: Pair) -> Tensor:
     """Return the loss of the swapped pair minus that of the pair [B], without margins."""
-    link = _bound_sum(cfg, None)
-    return link(wrappers.swapped(policy), wrappers.swapped(reference)) - link(policy, reference)
+    flipped = _summed(cfg, None, wrappers.swapped(policy), wrappers.swapped(reference))
+    return flipped - _summed(cfg, None, policy, reference)
 
 
-def _bound_sum(cfg: PairMethodConfig, labels: Labels | None) -> PairLoss:
-    """Return the sum of the losses for labels that are right, under the divergence."""
-    link = wrappers.summed([(term.weight, _bound_term(cfg, term, labels)) for term in cfg.terms])
+def _summed(cfg: PairMethodConfig, labels: Labels | None, policy: Pair, reference: Pair) -> Tensor:
+    """Return the weighted sum [B] of a method's losses, as in MPO (arXiv:2411.10442), for labels that are right."""
     shapes: dict[str, Callable[[Tensor], Tensor]] = {
         "js": wrappers.js,
         "forward_kl": wrappers.forward_kl,
         "alpha": partial(wrappers.alpha_divergence, coefficient=cfg.divergence_alpha),
     }
-    return link if cfg.divergence == "reverse_kl" else wrappers.shaped(link, shapes[cfg.divergence])
+    if cfg.divergence != "reverse_kl":
+        policy = wrappers.shaped(shapes[cfg.divergence], policy, reference)
+        reference = wrappers.without_reference(policy)
+    return torch.stack([t.weight * _one_loss(cfg, t.loss, labels, policy, reference) for t in cfg.terms]).sum(0)
 
 
-def _bound_term(cfg: PairMethodConfig, term: LossTerm, labels: Labels | None) -> PairLoss:
-    """Return one loss of the sum for the pairs of a batch."""
-    link = bound_loss(term.loss, cfg.beta)
-    # A loss that reads the preference applies it: the wrapper of labels must not do so again
-    if labels is not None and term.loss.reads_preference:
+def _one_loss(
+    cfg: PairMethodConfig, loss: PairLossConfig, labels: Labels | None, policy: Pair, reference: Pair
+) -> Tensor:
+    """Return one loss of the sum [B], with the cap and the labels."""
+    link = bound_loss(loss, cfg.beta)
+    if not loss.reference:
+        reference = wrappers.without_reference(policy)
+    # A loss that reads the preference applies it: the labels must not do so again
+    if labels is not None and loss.reads_preference:
         link = partial(link, preference=labels.preference)
         labels = labels._replace(preference=torch.ones_like(labels.preference))
     if cfg.logit_cap is not None:
-        link = wrappers.capped(link, cfg.logit_cap, cfg.beta)
-    if labels is not None:
-        link = wrappers.labelled(link, labels, cfg.beta)
-    return link if term.loss.reference else wrappers.without_reference(link)
+        link = partial(wrappers.capped, link, cfg.logit_cap, cfg.beta)
+    return link(policy, reference) if labels is None else wrappers.labelled(link, labels, cfg.beta, policy, reference)
 
 
-def pair_of(policy_scores: Scores, reference_scores: Scores | None, chosen: str, rejected: str) -> tuple[Pair, Pair]:
+def pair_of(
+    policy_scores: Scores, reference_scores: Scores | None, chosen: str = "chosen", rejected: str = "rejected"
+) -> tuple[Pair, Pair]:
     """Return the scores of two views under policy and reference; zeros without a reference."""
     policy = Pair(policy_scores[chosen], policy_scores[rejected])
     if reference_scores is None:
-        return policy, Pair(*map(torch.zeros_like, policy))
+        return policy, wrappers.without_reference(policy)
     return policy, Pair(reference_scores[chosen], reference_scores[rejected])
 
 
 def preference_step(
-    link: PairLoss,
+    losses: Tensor,
     beta: float,
     policy_scores: Scores,
     reference_scores: Scores | None,
     weights: Tensor,
     more: Mapping[str, Tensor],
 ) -> Step:
-    """Return the step of a pair loss, with the common metrics and a method's own metrics `more`.
+    """Return the step of a pair loss [B], with the common metrics and a method's own metrics `more`.
 
     "chosen gain" and "rejected gain" are policy score minus reference score, in score units. A run in which both fall
     is unlearning, even if its loss falls. Without a reference there is no gain, and no logit that begins at 0.
     """
-    policy, reference = pair_of(policy_scores, reference_scores, "chosen", "rejected")
-    losses = link(policy, reference)
+    policy, reference = pair_of(policy_scores, reference_scores)
     with torch.no_grad():
         of_logit = preference_metrics(beta * (policy.margin - reference.margin))
         if reference_scores is None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmalign.config.methods.vision_language import DPOConfig
 from mmalign.losses import pairwise, wrappers
 from mmalign.losses.pairwise import Pair, PairLoss
 from mmalign.losses.wrappers import Labels
+from mmalign.methods._pair_loss import pair_losses
 from tests.helpers.golden import golden
 
 VALUES = golden("objectives")
@@ -29,7 +31,15 @@ def labels(preference: Any = 1.0, margin: Any = 0.0, weight: Any = 1.0, number: 
 
 
 def free(function: Callable[..., Tensor], **options: float) -> PairLoss:
-    return wrappers.without_reference(partial(function, **options))
+    return lambda policy, _: function(policy, wrappers.without_reference(policy), **options)
+
+
+def shaped(loss: PairLoss, shape: Callable[[Tensor], Tensor]) -> PairLoss:
+    def of_shaped(policy: Pair, reference: Pair) -> Tensor:
+        gains = wrappers.shaped(shape, policy, reference)
+        return loss(gains, wrappers.without_reference(gains))
+
+    return of_shaped
 
 
 LOSSES: dict[str, tuple[PairLoss, Any]] = {
@@ -46,19 +56,19 @@ LOSSES: dict[str, tuple[PairLoss, Any]] = {
     "orpo lambda=.1": (free(pairwise.orpo, beta=0.1), MEANS),
     "slic delta=1": (free(pairwise.slic, beta=BETA, delta=1.0), SUMS),
     "dpop lambda=5": (partial(pairwise.dpop, beta=BETA, penalty=5.0), SUMS),
-    "dpo margin clamp z<=.3": (wrappers.capped(dpo, 0.3, BETA), SUMS),
+    "dpo margin clamp z<=.3": (partial(wrappers.capped, dpo, 0.3, BETA), SUMS),
     "anchor (mDPO) delta=0": (partial(pairwise.anchor, beta=BETA, delta=0.0), SUMS),
-    "dpo f=js": (wrappers.shaped(dpo, wrappers.js), SUMS),
-    "dpo f=forward_kl": (wrappers.shaped(dpo, wrappers.forward_kl), SUMS),
-    "dpo f=alpha .5": (wrappers.shaped(dpo, partial(wrappers.alpha_divergence, coefficient=0.5)), SUMS),
-    "labelled soft p": (wrappers.labelled(dpo, labels([0.9, 0.6, 0.75]), BETA), SUMS),
-    "labelled margin": (wrappers.labelled(dpo, labels(margin=[0.2, 0.0, -0.1]), BETA), SUMS),
+    "dpo f=js": (shaped(dpo, wrappers.js), SUMS),
+    "dpo f=forward_kl": (shaped(dpo, wrappers.forward_kl), SUMS),
+    "dpo f=alpha .5": (shaped(dpo, partial(wrappers.alpha_divergence, coefficient=0.5)), SUMS),
+    "labelled soft p": (partial(wrappers.labelled, dpo, labels([0.9, 0.6, 0.75]), BETA), SUMS),
+    "labelled margin": (partial(wrappers.labelled, dpo, labels(margin=[0.2, 0.0, -0.1]), BETA), SUMS),
     "odpo alpha=1 gap (2,.5,1)": (
-        wrappers.labelled(dpo, labels(margin=torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64).log()), BETA),
+        partial(wrappers.labelled, dpo, labels(margin=torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64).log()), BETA),
         SUMS,
     ),
     "modpo w=(.5,.5)": (
-        wrappers.labelled(partial(pairwise.dpo, beta=BETA / 0.5), labels(margin=[0.2, 0.6, -0.8]), BETA / 0.5),
+        partial(wrappers.labelled, partial(pairwise.dpo, beta=BETA / 0.5), labels(margin=[0.2, 0.6, -0.8]), BETA / 0.5),
         SUMS,
     ),
     "sppo b=.5": (
@@ -102,31 +112,32 @@ def close(first: Tensor, second: Tensor, tolerance: float = 1e-12) -> bool:
 def test_labels_of_sure_pairs_and_no_shape_change_nothing(name: str) -> None:
     loss = partial(getattr(pairwise, name), beta=BETA)
     for wrapped in (
-        wrappers.labelled(loss, labels(number=64), BETA),
-        wrappers.shaped(loss, lambda gain: gain),
-        wrappers.summed([(1.0, loss)]),
-        wrappers.capped(loss, 1e3, BETA),
+        partial(wrappers.labelled, loss, labels(number=64), BETA),
+        shaped(loss, lambda gain: gain),
+        partial(wrappers.capped, loss, 1e3, BETA),
     ):
         assert close(wrapped(*RANDOM), loss(*RANDOM))
-    half = wrappers.labelled(loss, labels(0.5, number=64), BETA)
+    half = partial(wrappers.labelled, loss, labels(0.5, number=64), BETA)
     swapped = tuple(Pair(*pair[::-1]) for pair in RANDOM)
     assert close(half(*RANDOM), half(*swapped))
-    assert close(wrappers.labelled(loss, labels(weight=3.0, number=64), BETA)(*RANDOM), 3 * loss(*RANDOM))
+    assert close(wrappers.labelled(loss, labels(weight=3.0, number=64), BETA, *RANDOM), 3 * loss(*RANDOM))
 
 
 def test_a_preference_is_label_smoothing_and_beyond_one_robust_dpo() -> None:
     for rate in (0.05, 0.2, 0.4):
-        smoothed = wrappers.labelled(dpo, labels(1 - rate, number=64), BETA)
-        assert close(smoothed(*RANDOM), dpo(*RANDOM, label_smoothing=rate))
-        unbiased = wrappers.labelled(dpo, labels((1 - rate) / (1 - 2 * rate), number=64), BETA)
-        assert close(unbiased(*RANDOM), pairwise.robust(*RANDOM, beta=BETA, flip_rate=rate))
+        smoothed = wrappers.labelled(dpo, labels(1 - rate, number=64), BETA, *RANDOM)
+        assert close(smoothed, dpo(*RANDOM, label_smoothing=rate))
+        unbiased = wrappers.labelled(dpo, labels((1 - rate) / (1 - 2 * rate), number=64), BETA, *RANDOM)
+        assert close(unbiased, pairwise.robust(*RANDOM, beta=BETA, flip_rate=rate))
 
 
 def test_a_margin_shifts_the_logit_and_the_target_of_ipo() -> None:
     margin = torch.randn(64, generator=G, dtype=torch.float64)
-    shifted = wrappers.labelled(dpo, labels(margin=margin, number=64), BETA)(*RANDOM)
+    shifted = wrappers.labelled(dpo, labels(margin=margin, number=64), BETA, *RANDOM)
     assert close(shifted, torch.nn.functional.softplus(margin - Z))
-    moved = wrappers.labelled(partial(pairwise.ipo, beta=BETA), labels(margin=margin, number=64), BETA)(*RANDOM)
+    moved = partial(wrappers.labelled, partial(pairwise.ipo, beta=BETA), labels(margin=margin, number=64), BETA)(
+        *RANDOM
+    )
     assert close(moved, (Z / BETA - 1 / (2 * BETA) - margin / BETA) ** 2)
 
 
@@ -134,7 +145,7 @@ def test_sppo_s_gradient_is_that_of_a_mixture_of_hard_labels() -> None:
     share = torch.rand(64, generator=G, dtype=torch.float64)
     chosen = RANDOM[0].chosen.clone().requires_grad_()
     policy = Pair(chosen, RANDOM[0].rejected)
-    mixed = wrappers.labelled(partial(pairwise.sppo, beta=BETA), labels(share, number=64), BETA)
+    mixed = partial(wrappers.labelled, partial(pairwise.sppo, beta=BETA), labels(share, number=64), BETA)
     slopes = [
         torch.autograd.grad(loss(policy, RANDOM[1]).sum(), chosen)[0]
         for loss in (mixed, partial(pairwise.sppo, beta=BETA, preference=share))
@@ -150,21 +161,20 @@ def test_bco_pair_is_cca_of_weight_1() -> None:
 
 
 def test_a_sum_is_linear_in_its_weights() -> None:
-    parts = [partial(getattr(pairwise, name), beta=BETA) for name in ("dpo", "bco_pair")]
-    both = wrappers.summed([(0.8, parts[0]), (0.2, parts[1])])
-    assert close(both(*RANDOM), 0.8 * parts[0](*RANDOM) + 0.2 * parts[1](*RANDOM))
+    both = pair_losses(DPOConfig(beta=BETA, loss={"dpo": 0.8, "bco_pair": 0.2}), None, *RANDOM)
+    assert close(both, 0.8 * dpo(*RANDOM) + 0.2 * pairwise.bco_pair(*RANDOM, beta=BETA))
 
 
 def test_a_capped_pair_has_no_gradient() -> None:
     sides = Pair(*(side.clone().requires_grad_() for side in RANDOM[0]))
-    wrappers.capped(dpo, 0.3, BETA)(sides, RANDOM[1]).sum().backward()
+    wrappers.capped(dpo, 0.3, BETA, sides, RANDOM[1]).sum().backward()
     assert ((sides.chosen.grad == 0) == (Z > 0.3)).all() and ((sides.rejected.grad == 0) == (Z > 0.3)).all()
     assert 0 < (Z > 0.3).sum() < 64
 
 
 def test_penalties_of_zero_and_margins_of_zero_leave_dpo() -> None:
     assert close(pairwise.dpop(*RANDOM, beta=BETA, penalty=0.0), dpo(*RANDOM))
-    without = wrappers.without_reference(dpo)(*RANDOM)
+    without = free(pairwise.dpo, beta=BETA)(*RANDOM)
     assert close(free(pairwise.simpo, beta=BETA, gamma=0.0)(*RANDOM), without)
     assert close(free(pairwise.cpo, beta=BETA)(*RANDOM), without)
 
@@ -186,6 +196,6 @@ def test_losses_and_gradients_stay_finite_at_huge_logits(size: float) -> None:
         sides = Pair(*(torch.tensor(values, requires_grad=True) for values in ([size, -size], [-size, size])))
         zeros = Pair(torch.zeros(2), torch.zeros(2))
         for shape in (lambda gain: gain, wrappers.js, wrappers.forward_kl):
-            loss = wrappers.shaped(partial(getattr(pairwise, name), beta=BETA, **exact.get(name, {})), shape)
+            loss = shaped(partial(getattr(pairwise, name), beta=BETA, **exact.get(name, {})), shape)
             loss(sides, zeros).sum().backward()
             assert all(torch.isfinite(side.grad).all() for side in sides), (name, shape)

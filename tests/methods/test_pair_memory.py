@@ -20,7 +20,7 @@ from mmalign.families.base import VisionLanguage
 from mmalign.losses import pairwise
 from mmalign.losses.pairwise import Pair
 from mmalign.losses.wrappers import Labels
-from mmalign.methods._pair_loss import bound_link, label_metrics
+from mmalign.methods._pair_loss import label_metrics, pair_losses
 from mmalign.methods._pair_memory import RATE, SIZE, pair_memory, posteriors, present
 from mmalign.methods.text_to_image import diffusion_dpo, instruct_engine
 from mmalign.methods.vision_language import bdhs, dpo, mdpo, povid
@@ -46,7 +46,7 @@ def test_the_rate_of_wrong_labels_has_its_worked_values() -> None:
     share, right = posteriors(NOISY, None, Z)
     assert share.tolist() == pytest.approx(VALUES["lcpo posterior eta=.9"], abs=1e-9)
     assert torch.allclose(share, right, rtol=0, atol=1e-12)
-    assert bound_link(NOISY)(*SCORES).tolist() == pytest.approx(VALUES["lcpo loss"], abs=1e-9)
+    assert pair_losses(NOISY, None, *SCORES).tolist() == pytest.approx(VALUES["lcpo loss"], abs=1e-9)
     memory = pair_memory(NOISY)
     assert memory is not None
     after = memory.remember(memory.start, {"label right": float(right.mean())})
@@ -55,12 +55,12 @@ def test_the_rate_of_wrong_labels_has_its_worked_values() -> None:
 
 def test_a_rate_near_zero_leaves_the_loss() -> None:
     sure = NOISY.model_copy(update={"label_noise": LabelNoiseConfig(start=1e-12)})
-    assert torch.allclose(bound_link(sure)(*SCORES), pairwise.dpo(*SCORES, beta=0.5), rtol=0, atol=1e-10)
+    assert torch.allclose(pair_losses(sure, None, *SCORES), pairwise.dpo(*SCORES, beta=0.5), rtol=0, atol=1e-10)
 
 
 def test_the_posterior_has_no_gradient_and_swapping_a_pair_swaps_it() -> None:
     sides = Pair(*(side.clone().requires_grad_() for side in SCORES[0]))
-    bound_link(NOISY)(sides, SCORES[1]).sum().backward()
+    pair_losses(NOISY, None, sides, SCORES[1]).sum().backward()
     share, _ = posteriors(NOISY, None, Z)
     slope = -0.5 * (share * torch.sigmoid(-Z) - (1 - share) * torch.sigmoid(Z))
     assert torch.allclose(sides.chosen.grad, slope, rtol=0, atol=1e-12)
@@ -75,10 +75,10 @@ def test_the_rate_is_learned_from_the_posterior_of_the_loss(divergence: Any) -> 
     """With sure labels the posterior of the better side is that of a right label, and the loss is linear in it."""
     cfg = NOISY.model_copy(update={"divergence": divergence})
     right = label_metrics(cfg, None, SCORES[0]._asdict(), SCORES[1]._asdict())["label right"]
-    sure = bound_link(cfg.model_copy(update={"label_noise": None}))
+    sure = partial(pair_losses, cfg.model_copy(update={"label_noise": None}), None)
     backward = (Pair(side.rejected, side.chosen) for side in SCORES)
     expected = right * sure(*SCORES) + (1 - right) * sure(*backward)
-    torch.testing.assert_close(bound_link(cfg)(*SCORES), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(pair_losses(cfg, None, *SCORES), expected, rtol=0, atol=1e-12)
 
 
 def test_a_learned_rate_never_ends_at_certainty() -> None:

@@ -15,7 +15,7 @@ from mmalign.families.base import TextToImage
 from mmalign.families.types import Conditioning
 from mmalign.losses.wrappers import Labels
 from mmalign.methods import Step
-from mmalign.methods._pair_loss import bound_link, label_metrics, preference_step, with_own_loss
+from mmalign.methods._pair_loss import label_metrics, pair_losses, pair_of, preference_step, with_own_loss
 from mmalign.policy import Scores
 from mmalign.rng import KeyedRNG
 
@@ -135,7 +135,8 @@ def denoising_scores(family: TextToImage, net: nn.Module, view: NoisedPairs, vie
 def denoising_step(cfg: DenoisingMethodConfig, policy_scores: Scores, contrast: Contrast) -> Step:
     """Return the step of the pair loss, plus the chosen images' own error; both sides' errors are metrics."""
     errors = {f"{side} error": -2 * policy_scores[side].detach() for side in PAIR}
-    link, labels = bound_link(cfg, contrast.labels), contrast.labels
-    more = errors | label_metrics(cfg, labels, policy_scores, contrast.reference)
-    step = preference_step(link, cfg.beta, policy_scores, contrast.reference, contrast.weights, more)
+    labels, reference_scores = contrast.labels, contrast.reference
+    more = errors | label_metrics(cfg, labels, policy_scores, reference_scores)
+    losses = pair_losses(cfg, labels, *pair_of(policy_scores, reference_scores))
+    step = preference_step(losses, cfg.beta, policy_scores, reference_scores, contrast.weights, more)
     return with_own_loss(step, "sft", cfg.sft + cfg.likelihood, -2 * policy_scores["chosen"], labels)

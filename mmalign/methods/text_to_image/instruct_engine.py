@@ -26,7 +26,7 @@ from mmalign.config.methods.text_to_image import InstructEngineConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.families.base import TextToImage
 from mmalign.methods import Requirements, Step, reference_scores
-from mmalign.methods._pair_loss import pair_of, preference_metrics, view_link, with_own_loss
+from mmalign.methods._pair_loss import pair_of, preference_metrics, view_losses, with_own_loss
 from mmalign.methods._pair_memory import pair_requirements, present
 from mmalign.methods.text_to_image._denoising import (
     Contrast,
@@ -62,12 +62,11 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the weighted sum of the four pair losses."""
     reference_scores, labels, cfg = contrast.reference, contrast.labels, present(cfg, policy.memory)
-    link = view_link(cfg, labels)  # both images fit their own prompts
     policy_scores = denoising_scores(policy.family, policy.model, contrast.view, GRID)
-    # Weighted pair losses of the four comparisons
+    # Weighted pair losses of the four comparisons; both images fit their own prompts
     compared = [pair_of(policy_scores, reference_scores, *views) for views in COMPARED]
     weights = torch.tensor(cfg.weights, device=contrast.weights.device)[:, None]
-    values = (weights * torch.stack([link(policy, reference) for policy, reference in compared])).sum(0)
+    values = (weights * torch.stack([view_losses(cfg, labels, *pair) for pair in compared])).sum(0)
     with torch.no_grad():
         # Metrics: weighted over the comparisons, by side, and by kind of comparison
         share = weights / weights.sum()

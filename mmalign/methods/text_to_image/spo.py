@@ -37,7 +37,7 @@ from mmalign.diffusion.walk import Walk
 from mmalign.families.base import TextToImage
 from mmalign.losses import pairwise as losses
 from mmalign.methods import Contrasts, Requirements, Step
-from mmalign.methods._pair_loss import preference_step
+from mmalign.methods._pair_loss import pair_of, preference_step
 from mmalign.methods.text_to_image._images import Guided, guided, judge_images, policy_walk, predict_guided
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
@@ -137,11 +137,11 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     """Return the clipped pair loss on the log-probabilities of the steps under policy and reference."""
     assert contrast.reference is not None, "spo needs a reference"
     policy_scores, reference_scores = step_scores(policy.family, cfg, contrast.view, policy.model), contrast.reference
-    link = partial(losses.clipped_dpo, beta=cfg.beta, clip=cfg.clip)
+    values = losses.clipped_dpo(*pair_of(policy_scores, reference_scores), beta=cfg.beta, clip=cfg.clip)
     with torch.no_grad():
         ratios = torch.stack([(policy_scores[side] - reference_scores[side]).exp() for side in ("chosen", "rejected")])
         clipped = ((ratios - 1).abs() > cfg.clip).float().mean(0)
-    step = preference_step(link, cfg.beta, policy_scores, reference_scores, contrast.weights, {"clipped": clipped})
+    step = preference_step(values, cfg.beta, policy_scores, reference_scores, contrast.weights, {"clipped": clipped})
     return replace(step, summary=contrast.summary)
 
 

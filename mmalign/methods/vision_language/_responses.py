@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,11 @@ from mmalign.config.methods.kinds import ResponseMethodConfig
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language import scores
-from mmalign.losses.pairwise import PairLoss
 from mmalign.methods import Step
-from mmalign.methods._pair_loss import bound_link, label_metrics, pair_of, preference_step, view_link, with_own_loss
+from mmalign.methods._pair_loss import label_metrics, pair_losses, pair_of, preference_step, view_losses, with_own_loss
 from mmalign.policy import Scores
 
 PAIR = ("chosen", "rejected")
-
-
 TOKEN = "chosen token"  # the view that always scores the mean over the chosen response's tokens
 
 
@@ -81,17 +78,19 @@ def view_scores(
     return {**result, TOKEN: scores.mean(logps[:pairs], mask[:pairs])}
 
 
-def pair_loss_against(link: PairLoss, policy_scores: Scores, reference_scores: Scores | None, view: str) -> Tensor:
-    """Return the pair loss [B] that prefers the chosen responses to another view."""
-    return link(*pair_of(policy_scores, reference_scores, "chosen", view))
-
-
-def bound_links(cfg: ResponseMethodConfig, batch: EncodedResponses) -> tuple[PairLoss, PairLoss]:
-    """Return the pair losses of the pairs' two responses, and of the chosen ones against further views.
+def losses_against(
+    cfg: ResponseMethodConfig,
+    policy_scores: Scores,
+    reference_scores: Scores | None,
+    batch: EncodedResponses,
+    view: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the pair losses [B] of the chosen responses against the rejected ones, and against a further view.
 
     Preference and margin of a label belong to the two responses; its weight belongs to the row.
     """
-    return bound_link(cfg, batch.labels), view_link(cfg, batch.labels)
+    rejected = pair_losses(cfg, batch.labels, *pair_of(policy_scores, reference_scores))
+    return rejected, view_losses(cfg, batch.labels, *pair_of(policy_scores, reference_scores, "chosen", view))
 
 
 def response_step(
@@ -121,12 +120,11 @@ def response_step(
     else:
         gains = {view: (policy_scores[view] - reference_scores[view]).detach() for view in policy_scores}
         more |= {f"{view} gain": gain for view, gain in gains.items() if view not in PAIR}
-    step = preference_step(
-        bound_link(cfg, batch.labels), cfg.beta, policy_scores, reference_scores, batch.weights, more
-    )
     # Sum of the terms, plus the chosen responses' negative log-likelihood
-    if terms is not None:
+    if terms is None:
+        losses = pair_losses(cfg, batch.labels, *pair_of(policy_scores, reference_scores))
+    else:
         losses = torch.stack(list(terms.values())).sum(0)
-        metrics = {name: term.detach() for name, term in terms.items()}
-        step = replace(step, losses=losses, metrics={**step.metrics, **metrics, "loss": losses.detach()})
+        more |= {name: term.detach() for name, term in terms.items()}
+    step = preference_step(losses, cfg.beta, policy_scores, reference_scores, batch.weights, more)
     return with_own_loss(step, "nll", cfg.nll + cfg.likelihood, -policy_scores[TOKEN], batch.labels)

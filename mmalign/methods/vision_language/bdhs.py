@@ -44,14 +44,7 @@ from mmalign.language.tokens import TokenizedResponse, cut_tail
 from mmalign.language.vocabularies import load_vocabulary
 from mmalign.methods import Requirements, Step, reference_scores, reference_scores_of
 from mmalign.methods._pair_memory import pair_requirements, present
-from mmalign.methods.vision_language._responses import (
-    PAIR,
-    TOKEN,
-    bound_links,
-    pair_loss_against,
-    response_scores,
-    response_step,
-)
+from mmalign.methods.vision_language._responses import PAIR, TOKEN, losses_against, response_scores, response_step
 from mmalign.policy import Policy, Scores
 from mmalign.registry import user_function
 from mmalign.rng import KeyedRNG
@@ -144,10 +137,7 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
     policy_scores = response_scores(policy.family, policy.model, batch, views=contrast.views, mean=cfg.mean)
     terms = None
     if shares is not None:
-        rejected, hallucinated = (
-            pair_loss_against(link, policy_scores, reference_scores, view)
-            for link, view in zip(bound_links(cfg, batch), VIEWS[1:], strict=True)
-        )
+        rejected, hallucinated = losses_against(cfg, policy_scores, reference_scores, batch, "hallucinated")
         terms = {"rejected loss": shares * rejected, "hallucinated loss": (1 - shares) * hallucinated}
     step = response_step(cfg, policy_scores, reference_scores, batch, terms)
     # Processes sum metrics by name. If only some pairs of the data have a hallucinated response, one process may have

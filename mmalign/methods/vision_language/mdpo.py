@@ -32,8 +32,7 @@ from mmalign.methods.vision_language._images import with_changed_images
 from mmalign.methods.vision_language._responses import (
     PAIR,
     Contrast,
-    bound_links,
-    pair_loss_against,
+    losses_against,
     response_scores,
     response_step,
 )
@@ -74,17 +73,13 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the sum of the text, image and anchor losses."""
     cfg = present(cfg, policy.memory)
-    batch, reference_scores, links = contrast.batch, contrast.reference, bound_links(cfg, contrast.batch)
+    batch, reference_scores = contrast.batch, contrast.reference
     assert reference_scores is not None, "mdpo needs a reference"
     policy_scores = response_scores(policy.family, policy.model, batch, views=VIEWS, mean=cfg.mean)
-    text, image = (
-        pair_loss_against(link, policy_scores, reference_scores, view)
-        for link, view in zip(links, ("rejected", "cropped"), strict=True)
-    )
+    text, image = losses_against(cfg, policy_scores, reference_scores, batch, "cropped")
     # The anchor: the chosen response becomes more likely than under the reference, by a margin
-    pair = pair_of(policy_scores, reference_scores, *PAIR)
-    anchor = pairwise.anchor(*pair, beta=cfg.beta, delta=cfg.delta)
-    # The losses of the links have the row's weight already
+    anchor = pairwise.anchor(*pair_of(policy_scores, reference_scores), beta=cfg.beta, delta=cfg.delta)
+    # The other losses have the row's weight already
     if batch.labels is not None:
         anchor = batch.labels.weight * anchor
     terms = {"text loss": text, "image loss": image, "anchor loss": anchor}

@@ -41,10 +41,10 @@ from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Requirements, Step
-from mmalign.methods._pair_loss import pair_of
+from mmalign.methods._pair_loss import pair_losses, pair_of
 from mmalign.methods._pair_memory import pair_requirements, present
 from mmalign.methods.vision_language._images import with_changed_images
-from mmalign.methods.vision_language._responses import bound_links, pair_loss_against, response_step, view_scores
+from mmalign.methods.vision_language._responses import losses_against, response_step, view_scores
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
@@ -101,7 +101,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return the loss of chosen against rejected and of chosen against noisy."""
     cfg = present(cfg, policy.memory)
-    batch, reference_scores, links = contrast.batch, contrast.reference, bound_links(cfg, contrast.batch)
+    batch, reference_scores = contrast.batch, contrast.reference
     policy_scores = noisy_scores(policy.family, policy.model, batch, contrast.noisy, mean=cfg.mean)
     if cfg.combine == "paper":
         # For policy and reference alike, a pair whose worse side is the weighted mean
@@ -110,12 +110,9 @@ def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Ste
             Pair(one.chosen, cfg.gamma * one.rejected + (1 - cfg.gamma) * other.rejected)
             for one, other in zip(worse, noisy, strict=True)
         )
-        terms = {"mixed loss": links[0](*mixed)}
+        terms = {"mixed loss": pair_losses(cfg, batch.labels, *mixed)}
     else:
-        text, blind = (
-            pair_loss_against(link, policy_scores, reference_scores, view)
-            for link, view in zip(links, ("rejected", "noisy"), strict=True)
-        )
+        text, blind = losses_against(cfg, policy_scores, reference_scores, batch, "noisy")
         terms = {"text loss": cfg.gamma * text, "noisy loss": (1 - cfg.gamma) * blind}
     step = response_step(cfg, policy_scores, reference_scores, batch, terms)
     return replace(step, metrics={**step.metrics, "noisy share": _share_changed(batch, contrast.noisy)})

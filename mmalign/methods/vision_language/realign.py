@@ -28,8 +28,7 @@ from mmalign.methods._pair_memory import pair_requirements, present
 from mmalign.methods.vision_language._responses import (
     PAIR,
     Contrast,
-    bound_links,
-    pair_loss_against,
+    losses_against,
     response_scores,
     response_step,
 )
@@ -62,17 +61,13 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
     """Return L_DPO + w_v * L_vDPO."""
     cfg = present(cfg, policy.memory)
-    batch, reference_scores, links = contrast.batch, contrast.reference, bound_links(cfg, contrast.batch)
+    batch, reference_scores = contrast.batch, contrast.reference
     policy_scores = response_scores(
         policy.family, policy.model, batch, views=VIEWS, mean=cfg.mean, targets=contrast.targets
     )
-    text, image = (
-        pair_loss_against(link, policy_scores, reference_scores, view)
-        for link, view in zip(links, ("rejected", "retrieved"), strict=True)
-    )
-    return response_step(
-        cfg, policy_scores, reference_scores, batch, {"text loss": text, "image loss": cfg.image_weight * image}
-    )
+    text, image = losses_against(cfg, policy_scores, reference_scores, batch, "retrieved")
+    terms = {"text loss": text, "image loss": cfg.image_weight * image}
+    return response_step(cfg, policy_scores, reference_scores, batch, terms)
 
 
 def scored_tokens(family: VisionLanguage, net: nn.Module, batch: EncodedResponses, cfg: Config) -> Tensor | None:
