@@ -1,4 +1,4 @@
-"""Preference losses: pure functions of scores, one number per pair.
+"""Preference losses: pure functions of scores, one number per pair, [B].
 
 B is the number of pairs. A *score* [B] is higher for what the model finds likelier; an *error* [B] is lower when
 better. The unit of `beta` is one over the unit of the scores.
@@ -8,7 +8,8 @@ better. The unit of `beta` is one over the unit of the scores.
   is `beta / D`, with D elements in a latent.
 * Token scores are log-probabilities in nats: sums with the usual `beta` of 0.1, or means for `ipo`, `simpo` and `orpo`.
 
-The logit is `z = beta * (policy.margin - reference.margin)`. A loss without a reference gets zeros in its place.
+The logit is `z = beta * (policy.margin - reference.margin)`. A loss without a reference gets zeros in its place, and
+a label's margin.
 """
 
 from __future__ import annotations
@@ -40,10 +41,7 @@ def dpo(policy: Pair, reference: Pair, *, beta: float, label_smoothing: float = 
     """Return the loss of direct preference optimization, `-log sigma(z)` (arXiv:2305.18290 eq. 7).
 
     On denoising scores it is Diffusion-DPO (arXiv:2311.12908). `label_smoothing` is the assumed share of swapped labels
-    (conservative DPO).
-
-    Returns:
-        The loss [B]; ln 2 where policy and reference agree.
+    (conservative DPO). The loss is ln 2 where policy and reference agree.
     """
     z = beta * (policy.margin - reference.margin)
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
@@ -53,9 +51,6 @@ def ipo(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
     """Return the loss of identity preference optimization (arXiv:2310.12036 eq. 17), with target margin `1 / (2 beta)`.
 
     The target is in the unit of the scores, so a `beta` for one kind of score does not suit another.
-
-    Returns:
-        The loss [B].
     """
     return (policy.margin - reference.margin - 1 / (2 * beta)) ** 2
 
@@ -63,8 +58,7 @@ def ipo(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
 def hinge(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
     """Return the hinge loss of SLiC-HF and RSO (arXiv:2309.06657, eq. 10), without gradient once `z` exceeds one.
 
-    Returns:
-        The loss [B]; 1 where policy and reference agree.
+    It is 1 where policy and reference agree.
     """
     return F.relu(1 - beta * (policy.margin - reference.margin))
 
@@ -73,9 +67,6 @@ def robust(policy: Pair, reference: Pair, *, beta: float, flip_rate: float) -> T
     """Return the loss of robust DPO (arXiv:2403.00409 eq. 12), unbiased if a share `flip_rate` of labels is swapped.
 
     Unlike label smoothing, the loss is unbounded below.
-
-    Returns:
-        The loss [B].
 
     Raises:
         ValueError: `flip_rate` is not in [0, 0.5).
@@ -90,9 +81,7 @@ def exo(policy: Pair, reference: Pair, *, beta: float, label_smoothing: float) -
     """Return the loss of efficient exact optimization (arXiv:2402.00856 eq. 16), a reverse KL to the smoothed label.
 
     With `q = sigma(z)` and the smoothing e it is `q ln(q / (1 - e)) + (1 - q) ln((1 - q) / e)`. TRL calls it exo_pair.
-
-    Returns:
-        The loss [B], at least 0.
+    The loss is at least 0.
     """
     z = beta * (policy.margin - reference.margin)
     chosen = torch.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-label_smoothing))
@@ -103,10 +92,8 @@ def nca(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
     """Return the pair loss of noise contrastive alignment (arXiv:2402.05369), which keeps the chosen side likely.
 
     With each side's own `z = beta * (policy - reference)` it is
-    `softplus(-z_chosen) + (softplus(z_chosen) + softplus(z_rejected)) / 2`. TRL calls it nca_pair.
-
-    Returns:
-        The loss [B]; 2 ln 2 where policy and reference agree.
+    `softplus(-z_chosen) + (softplus(z_chosen) + softplus(z_rejected)) / 2`. TRL calls it nca_pair. The loss is 2 ln 2
+    where policy and reference agree.
     """
     chosen, rejected = _sides(policy, reference, beta)
     return F.softplus(-chosen) + 0.5 * (F.softplus(chosen) + F.softplus(rejected))
@@ -115,10 +102,8 @@ def nca(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
 def bco_pair(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
     """Return the pair loss of binary classifier optimization (arXiv:2404.04656) without its shift.
 
-    It is `softplus(-z_chosen) + softplus(z_rejected)` with each side's own z, so one side alone can lower it.
-
-    Returns:
-        The loss [B]; 2 ln 2 where policy and reference agree.
+    It is `softplus(-z_chosen) + softplus(z_rejected)` with each side's own z, so one side alone can lower it. The loss
+    is 2 ln 2 where policy and reference agree.
     """
     chosen, rejected = _sides(policy, reference, beta)
     return F.softplus(-chosen) + F.softplus(rejected)
@@ -128,10 +113,7 @@ def apo_zero(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
     """Return the APO-zero loss (arXiv:2408.06266): the chosen side gains and the rejected side loses.
 
     It is `sigma(-z_chosen) + sigma(z_rejected)` with each side's own z. It suits chosen sides that are better than what
-    the model generates.
-
-    Returns:
-        The loss [B]; 1 where policy and reference agree.
+    the model generates. The loss is 1 where policy and reference agree.
     """
     chosen, rejected = _sides(policy, reference, beta)
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
@@ -141,10 +123,7 @@ def apo_down(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
     """Return the APO-down loss (arXiv:2408.06266): both sides lose, the rejected one more.
 
     It is `sigma(z_chosen) + sigma(-z)` with the chosen side's own z. It suits chosen sides that are worse than what the
-    model generates.
-
-    Returns:
-        The loss [B]; 1 where policy and reference agree.
+    model generates. The loss is 1 where policy and reference agree.
     """
     chosen, rejected = _sides(policy, reference, beta)
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
@@ -161,9 +140,6 @@ def sppo(policy: Pair, reference: Pair, *, beta: float, preference: Tensor | flo
         reference: the scores of the previous round's policy.
         beta: one over the paper's eta (0.001 in the release).
         preference: P, the chosen side's win rate against the rejected one, [B] or a number.
-
-    Returns:
-        The loss [B].
     """
     target = (preference - 0.5) / beta
     chosen, rejected = _sides(policy, reference, 1.0)
@@ -171,11 +147,7 @@ def sppo(policy: Pair, reference: Pair, *, beta: float, preference: Tensor | flo
 
 
 def sppo_hard(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
-    """Return the loss of SPPO with win rates of 1 and 0, twice `sppo`'s, as in TRL and the release.
-
-    Returns:
-        The loss [B].
-    """
+    """Return the loss of SPPO with win rates of 1 and 0, twice `sppo`'s, as in TRL and the release."""
     return 2 * sppo(policy, reference, beta=beta)
 
 
@@ -184,9 +156,6 @@ def discopop(policy: Pair, reference: Pair, *, beta: float, temperature: float) 
 
     With `k = sigma(z / temperature)` it is `softplus(-z) (1 - k) + exp(-z) k`. At low temperatures it rises with z
     around 0, and thus holds pairs at a small negative z.
-
-    Returns:
-        The loss [B].
     """
     z = beta * (policy.margin - reference.margin)
     gate = z / temperature
@@ -196,10 +165,8 @@ def discopop(policy: Pair, reference: Pair, *, beta: float, temperature: float) 
 def dpop(policy: Pair, reference: Pair, *, beta: float, penalty: float) -> Tensor:
     """Return the loss of DPO-Positive (arXiv:2402.13228), which punishes a chosen side below the reference.
 
-    It is `softplus(-(z - penalty * max(0, -z_chosen)))` with the chosen side's own z.
-
-    Returns:
-        The loss [B]; ln 2 where policy and reference agree.
+    It is `softplus(-(z - penalty * max(0, -z_chosen)))` with the chosen side's own z, and ln 2 where policy and
+    reference agree.
     """
     chosen, rejected = _sides(policy, reference, beta)
     return F.softplus(rejected - chosen + penalty * F.relu(-chosen))
@@ -208,10 +175,8 @@ def dpop(policy: Pair, reference: Pair, *, beta: float, penalty: float) -> Tenso
 def anchor(policy: Pair, reference: Pair, *, beta: float, delta: float) -> Tensor:
     """Return mDPO's anchor (arXiv:2406.11839): the chosen side's gain, times `beta`, has to exceed `delta`.
 
-    It is `softplus(-(z_chosen - delta))` with the chosen side's own z, and is meant as a part of a sum.
-
-    Returns:
-        The loss [B]; ln 2 where policy and reference agree and `delta` is 0.
+    It is `softplus(-(z_chosen - delta))` with the chosen side's own z, and is meant as a part of a sum. The loss is
+    ln 2 where policy and reference agree and `delta` is 0.
     """
     return F.softplus(delta - beta * (policy.chosen - reference.chosen))
 
@@ -219,14 +184,7 @@ def anchor(policy: Pair, reference: Pair, *, beta: float, delta: float) -> Tenso
 def slic(policy: Pair, reference: Pair, *, beta: float, delta: float) -> Tensor:
     """Return the ranking loss of SLiC-HF (arXiv:2305.10425): `max(0, delta - margin)`, without a reference.
 
-    Args:
-        policy: the policy's scores.
-        reference: zeros, and a label's margin.
-        beta: unused; the margin stays in the unit of the scores.
-        delta: the margin beyond which a pair has no gradient, in the unit of the scores.
-
-    Returns:
-        The loss [B].
+    Margin and `delta`, beyond which a pair has no gradient, are in the unit of the scores; `beta` is not used.
     """
     return F.relu(delta - (policy.margin - reference.margin))
 
@@ -234,16 +192,8 @@ def slic(policy: Pair, reference: Pair, *, beta: float, delta: float) -> Tensor:
 def simpo(policy: Pair, reference: Pair, *, beta: float, gamma: float) -> Tensor:
     """Return the loss of SimPO (arXiv:2405.14734): DPO on mean scores with a target margin, without a reference.
 
-    It is `softplus(-(beta * margin - gamma))`. The release's `gamma_beta_ratio` is gamma / beta.
-
-    Args:
-        policy: the policy's scores.
-        reference: zeros, and a label's margin.
-        beta: 2 to 10 in the paper, on means over tokens.
-        gamma: the target of the logit.
-
-    Returns:
-        The loss [B].
+    It is `softplus(-(beta * margin - gamma))`, with a beta of 2 to 10 in the paper. The release's `gamma_beta_ratio` is
+    gamma / beta.
     """
     return F.softplus(gamma - beta * (policy.margin - reference.margin))
 
@@ -252,14 +202,6 @@ def cpo(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
     """Return the preference term of CPO (arXiv:2401.08417): DPO against a reference that scores all alike.
 
     The paper adds the chosen side's negative log-likelihood, which the methods do by the loss's option `alpha`.
-
-    Args:
-        policy: the policy's scores.
-        reference: zeros, and a label's margin.
-        beta: one over the unit of the scores.
-
-    Returns:
-        The loss [B].
     """
     return dpo(policy, reference, beta=beta)
 
@@ -269,15 +211,7 @@ def orpo(policy: Pair, reference: Pair, *, beta: float) -> Tensor:
 
     With mean log-probabilities m it is `-m_chosen + beta * softplus(-r)`, where
     `r = m_chosen - m_rejected - (ln(1 - e^m_chosen) - ln(1 - e^m_rejected))`. Scores that are no log-probabilities,
-    such as denoising scores, have no odds.
-
-    Args:
-        policy: mean log-probabilities.
-        reference: zeros, and a label's margin.
-        beta: the weight of the odds ratio, the paper's lambda.
-
-    Returns:
-        The loss [B].
+    such as denoising scores, have no odds. `beta` is the paper's lambda.
     """
     odds = policy.margin - _log1mexp(policy.chosen) + _log1mexp(policy.rejected)
     return -policy.chosen + beta * F.softplus(beta * reference.margin - odds)
@@ -337,9 +271,6 @@ def mapo(
         beta: the weight of the margin relative to the chosen side's error (0.1 in the release).
         snr: the factor inside `s`, a constant despite the release's name.
         num_timesteps: the factor of the margin: the length of the noise schedule.
-
-    Returns:
-        The loss [B].
     """
     z = num_timesteps * (_bounded(snr * chosen_error) - _bounded(snr * rejected_error))
     return chosen_error + beta * F.softplus(-z)
