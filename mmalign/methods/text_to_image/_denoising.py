@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +55,13 @@ class NoisedPairs:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Noised pairs, the reference's scores of them, the weight of each pair [B], and the pairs' labels."""
+    """Noised pairs, the reference's scores of them, weights and labels of the pairs [B], and the step's summary."""
 
     view: NoisedPairs
     reference: Scores | None
     weights: Tensor
     labels: Labels | None = None
+    summary: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def noise_pairs(
@@ -139,4 +140,5 @@ def denoising_step(cfg: DenoisingMethodConfig, policy_scores: Scores, contrast: 
     more = errors | label_metrics(cfg, labels, policy_scores, reference_scores)
     losses = pair_losses(cfg, labels, *pair_of(policy_scores, reference_scores))
     step = preference_step(losses, cfg.beta, policy_scores, reference_scores, contrast.weights, more)
+    step = replace(step, summary=contrast.summary)
     return with_own_loss(step, "sft", cfg.sft + cfg.likelihood, -2 * policy_scores["chosen"], labels)

@@ -11,32 +11,22 @@ B prompts, K images of each; 2B rows: the chosen images first, then the rejected
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from mmalign.config.methods.online_images import DiffusionOnlineDPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.families.base import TextToImage
-from mmalign.methods import Requirements, Step
+from mmalign.methods import Requirements
 from mmalign.methods._generated import parts
 from mmalign.methods._pair_memory import pair_memory
-from mmalign.methods.text_to_image import _denoising, diffusion_dpo
-from mmalign.methods.text_to_image._denoising import denoising_scores
+from mmalign.methods.text_to_image import diffusion_dpo
+from mmalign.methods.text_to_image._denoising import Contrast, denoising_scores
 from mmalign.methods.text_to_image._online import generate, judged_requirements, noise_images
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Noised best and worst images, and the step's summary of all prompts of the batch."""
-
-    pairs: _denoising.Contrast
-    summary: Mapping[str, Tensor]
 
 
 def requirements(cfg: Config) -> Requirements:
@@ -54,10 +44,9 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, r
         for part in parts(len(batch.rows), cfg.generation.prompts_per_contrast):
             view = noise_images(family, batch[part], ends[:, part], rng, index)
             scores = policy.on_reference(partial(denoising_scores, family, view=view))
-            contrasts.append(Contrast(_denoising.Contrast(view, scores, generated.weights[part]), generated.summary))
+            weights = generated.weights[part]
+            contrasts.append(Contrast(view, scores, weights, summary=generated.summary))
     return contrasts
 
 
-def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
-    """Return the pair loss on the denoising scores of policy and reference."""
-    return replace(diffusion_dpo.loss(policy, contrast.pairs, cfg), summary=contrast.summary)
+loss = diffusion_dpo.loss

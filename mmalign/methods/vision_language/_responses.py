@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,14 @@ class Contrast:
         reference: the reference's scores; None without a reference.
         token_weights: weights of the response tokens [kB, R]; None for 1.
         targets: the tokens [kB, R] that the policy scores; None for the responses' own.
+        summary: the step's, of all rows of the batch.
     """
 
     batch: EncodedResponses
     reference: Scores | None
     token_weights: Tensor | None = None
     targets: Tensor | None = None
+    summary: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def response_scores(

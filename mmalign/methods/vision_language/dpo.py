@@ -12,6 +12,7 @@ kB rows: prompts with the chosen responses, then with the rejected, then with th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from mmalign.config.methods.kinds import ResponseMethodConfig
@@ -38,5 +39,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
 
 def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: ResponseMethodConfig) -> Step:
     """Return the pair loss on the log-probabilities of policy and reference."""
-    policy_scores = response_scores(policy.family, policy.model, contrast.batch, mean=cfg.mean)
-    return response_step(present(cfg, policy.memory), policy_scores, contrast.reference, contrast.batch)
+    batch, weights = contrast.batch, contrast.token_weights
+    policy_scores = response_scores(policy.family, policy.model, batch, mean=cfg.mean, weights=weights)
+    step = response_step(present(cfg, policy.memory), policy_scores, contrast.reference, batch)
+    return replace(step, summary=contrast.summary)

@@ -14,30 +14,19 @@ With margins D = log p(chosen) - log p(rejected) of sums over tokens, eta as `be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-
-from torch import Tensor
 
 from mmalign.config.methods.online_responses import OnlineDPOConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
-from mmalign.methods import Requirements, Step
+from mmalign.methods import Requirements
 from mmalign.methods._pair_memory import pair_memory
-from mmalign.methods.vision_language import _responses, dpo
+from mmalign.methods.vision_language import dpo
 from mmalign.methods.vision_language._online import answer, online_requirements
-from mmalign.methods.vision_language._responses import response_scores
+from mmalign.methods.vision_language._responses import Contrast, response_scores
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Best and worst answers, and the step's summary of all questions of the batch."""
-
-    pairs: _responses.Contrast
-    summary: Mapping[str, Tensor]
 
 
 def requirements(cfg: Config) -> Requirements:
@@ -53,13 +42,11 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     for questions in answered.parts(cfg.generation.questions_per_contrast):
         # The best answers to all questions, then the worst
         given = answered.select(policy.family, questions, [(end[b], b) for end in ends for b in questions])
-        contrasts.append(Contrast(_responses.Contrast(given, _reference_scores(policy, given, cfg)), answered.summary))
+        contrasts.append(Contrast(given, _reference_scores(policy, given, cfg), summary=answered.summary))
     return contrasts * cfg.generation.updates
 
 
-def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
-    """Return the pair loss on the log-probabilities of policy and reference."""
-    return replace(dpo.loss(policy, contrast.pairs, cfg), summary=contrast.summary)
+loss = dpo.loss
 
 
 def _reference_scores(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config) -> Scores | None:

@@ -26,9 +26,10 @@ from mmalign.config.methods.vision_language import RLHFVConfig as Config
 from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
-from mmalign.methods import Requirements, Step, reference_scores
-from mmalign.methods._pair_memory import pair_requirements, present
-from mmalign.methods.vision_language._responses import Contrast, response_scores, response_step
+from mmalign.methods import Requirements, reference_scores
+from mmalign.methods._pair_memory import pair_requirements
+from mmalign.methods.vision_language import dpo
+from mmalign.methods.vision_language._responses import Contrast, response_scores
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
@@ -46,12 +47,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
     return [Contrast(batch, reference_scores(policy, batch, score), weights)]
 
 
-def loss(policy: Policy[VisionLanguage], contrast: Contrast, cfg: Config) -> Step:
-    """Return the pair loss on weighted means of token log-probabilities."""
-    policy_scores = response_scores(
-        policy.family, policy.model, contrast.batch, weights=contrast.token_weights, mean=cfg.mean
-    )
-    return response_step(present(cfg, policy.memory), policy_scores, contrast.reference, contrast.batch)
+loss = dpo.loss
 
 
 def token_weights(tokens: Tokens, gamma: float, min_block: int, *, insertions: bool) -> Tensor:

@@ -141,7 +141,7 @@ def test_best_and_worst_image_are_learned_from_under_one_noise(sd: TextToImage) 
     policy, batch, cfg = full(sd), prompts(sd), config("diffusion_online_dpo", {"images": 4})
     with torch.no_grad():
         generated = generate(policy, batch, cfg.generation, DRAWS)
-        view = made("diffusion_online_dpo", policy, batch, cfg)[1].pairs.view
+        view = made("diffusion_online_dpo", policy, batch, cfg)[1].view
     signal, noise = sd.schedule.levels(view.t)
     eps = view.target.view(2, 3, 4, 8, 8)
     assert torch.equal(eps[0], eps[1]) and torch.equal(view.t[:3], view.t[3:])

@@ -145,7 +145,7 @@ def test_inpo_has_two_references(policy_of: Any, llava: VisionLanguage, question
             cfg = configured(online_dpo, base_share=share, **inpo)
             seen |= {share: contrasts(online_dpo, policy, given, cfg)} if update % 2 == 0 else {}
             contrast = seen[share][update % 2]
-            margin = partial(margins, llava, contrast.pairs.batch)
+            margin = partial(margins, llava, contrast.batch)
             step, apart = online_dpo.loss(policy, contrast, cfg), share * margin(base) + (1 - share) * margin(previous)
             expected = (margin(policy.unwrapped) - apart - 1) ** 2
             torch.testing.assert_close(step.losses.detach(), expected, rtol=1e-4, atol=1e-4)
