@@ -181,19 +181,12 @@ def cached_scores(
     return PrecomputeSpec(num_draws, settings, scores=True, compute=compute) if num_draws else None
 
 
-class Scored(Protocol):
-    """A contrast with the reference's scores."""
-
-    @property
-    def reference(self) -> Scores | None:
-        """The scores; None without a reference."""
-
-
-def reference_scores_of(contrasts: Sequence[Scored]) -> Scores:
+def reference_scores_of(contrasts: Sequence[Any]) -> Scores:
     """Return the reference's scores of a batch's only contrast."""
     (contrast,) = contrasts
-    assert contrast.reference is not None, "only the scores of a reference can be precomputed"
-    return contrast.reference
+    scores: Scores | None = contrast.reference
+    assert scores is not None, "only the scores of a reference can be precomputed"
+    return scores
 
 
 def reference_scores(

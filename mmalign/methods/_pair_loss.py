@@ -12,7 +12,7 @@ from torch import Tensor
 from mmalign.config.losses import LossConfig, PairLossConfig
 from mmalign.config.methods.kinds import PairMethodConfig
 from mmalign.losses import wrappers
-from mmalign.losses.pairwise import Pair
+from mmalign.losses.pairwise import Pair, soft_preference
 from mmalign.losses.wrappers import Labels
 from mmalign.methods import Step
 from mmalign.methods._pair_memory import noise_metrics, posteriors
@@ -136,14 +136,32 @@ def with_own_loss(step: Step, name: str, weight: float, own_loss: Tensor, labels
     return replace(step, losses=losses, metrics={**step.metrics, name: own_loss.detach(), "loss": losses.detach()})
 
 
+def soft_preference_step(scores: Pair, share: Tensor, factors: Tensor, weights: Tensor) -> Step:
+    """Return the step of a judge's scores of pairs.
+
+    Args:
+        scores: the judge's logits [B] of both sides.
+        share: the preference for the first side [B], 1/2 for a tie, of which no side is right.
+        factors: factors of the losses [B]: the weights of the pairs' labels.
+        weights: weights of the pairs [B].
+    """
+    losses, margin = factors * soft_preference(scores, share), scores.margin.detach()
+    metrics = {"loss": losses.detach(), "accuracy": accuracy((2 * share - 1) * margin), "margin": margin}
+    return Step(losses, weights, metrics)
+
+
+def accuracy(z: Tensor) -> Tensor:
+    """Return 1 where the margin [B] of the preferred side is positive, 1/2 where it is 0, and 0 elsewhere."""
+    return (z > 0).float() + 0.5 * (z == 0).float()
+
+
 def preference_metrics(z: Tensor) -> dict[str, Tensor]:
     """Return a comparison's metrics from its logits [B].
 
-    They are accuracy (a tie is half right), the logit and its size, saturation, and the gradient factor of `dpo`,
-    whatever the loss.
+    They are accuracy, the logit and its size, saturation, and the gradient factor of `dpo`, whatever the loss.
     """
     return {
-        "accuracy": (z > 0).float() + 0.5 * (z == 0).float(),
+        "accuracy": accuracy(z),
         "logit": z.detach(),
         "logit size": z.detach().abs(),
         "saturated": (z.abs() > SATURATED).float(),

@@ -27,10 +27,10 @@ from torch import Tensor
 from mmalign.config.methods.text_to_image import BradleyTerryConfig as Config
 from mmalign.data.loaders.batches import JudgedImages
 from mmalign.families.image_judge import ImageJudge
-from mmalign.losses import pairwise
 from mmalign.losses.groups import Group, order_accuracy, pick, plackett_luce
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Requirements, Step
+from mmalign.methods._pair_loss import soft_preference_step
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
@@ -84,20 +84,13 @@ def _preference(scores: Tensor, batch: JudgedImages) -> Step:
     """Return the step of pairs' scores [B, 2]."""
     pair, ones = Pair(scores[:, 0], scores[:, 1]), torch.ones_like(batch.weights)
     share, factors = (ones, ones) if batch.labels is None else (batch.labels.preference, batch.labels.weight)
-    # A tie has a share of 1/2, so no side of it is right
-    losses, side = factors * pairwise.soft_preference(pair, share), (2 * share - 1) * pair.margin.detach()
-    right = (side > 0).float() + 0.5 * (side == 0).float()
-    return _step(losses, batch, right, pair.margin)
+    return soft_preference_step(pair, share, factors, batch.weights)
 
 
 def _ranking(scores: Tensor, batch: JudgedImages) -> Step:
     """Return the step of lists' scores [B, K]; the margin is that of the best and the worst image."""
     present, zeros = ~batch.scores.isnan(), torch.zeros_like(scores)
     group = Group(scores, zeros, batch.scores.nan_to_num(), present, torch.ones_like(scores))
-    losses = plackett_luce(group, beta=1.0)
-    return _step(losses, batch, order_accuracy(group), pick(scores, group.best) - pick(scores, group.worst))
-
-
-def _step(losses: Tensor, batch: JudgedImages, accuracy: Tensor, margin: Tensor) -> Step:
-    metrics = {"loss": losses, "accuracy": accuracy, "margin": margin}
-    return Step(losses, batch.weights, {name: metric.detach() for name, metric in metrics.items()})
+    losses, margin = plackett_luce(group, beta=1.0), pick(scores, group.best) - pick(scores, group.worst)
+    metrics = {"loss": losses.detach(), "accuracy": order_accuracy(group).detach(), "margin": margin.detach()}
+    return Step(losses, batch.weights, metrics)

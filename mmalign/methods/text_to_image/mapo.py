@@ -26,6 +26,7 @@ from mmalign.diffusion.noise import Schedule
 from mmalign.families.base import TextToImage
 from mmalign.losses import pairwise
 from mmalign.methods import Requirements, Step
+from mmalign.methods._pair_loss import accuracy
 from mmalign.methods.text_to_image._denoising import Contrast, denoising_scores, noise_pairs
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
@@ -52,10 +53,9 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     snr = own_snr(schedule) if cfg.snr is None else cfg.snr
     values = pairwise.mapo(chosen, rejected, beta=cfg.beta, snr=snr, num_timesteps=schedule.num_timesteps)
     with torch.no_grad():
-        better = (chosen < rejected).float() + 0.5 * (chosen == rejected).float()
         metrics = {
             "loss": values.detach(),
-            "accuracy": better,
+            "accuracy": accuracy(rejected - chosen),
             "chosen error": chosen.detach(),
             "rejected error": rejected.detach(),
         }

@@ -31,9 +31,9 @@ from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.steps import any_time, timestep
 from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.families.step_judge import StepJudge
-from mmalign.losses import pairwise
 from mmalign.losses.pairwise import Pair
 from mmalign.methods import Requirements, Step
+from mmalign.methods._pair_loss import soft_preference_step
 from mmalign.methods.text_to_image._denoising import noise_pairs
 from mmalign.methods.text_to_image._images import Guided, decode_images, predict_guided
 from mmalign.policy import Policy
@@ -100,9 +100,4 @@ def _shares(family: StepJudge, batch: EncodedPairs, cfg: Config) -> Tensor:
 def loss(policy: Policy[StepJudge], contrast: Contrast, cfg: Config) -> Step:
     """Return the cross-entropy [B] of the judge's preference."""
     scores = Pair(*policy.family.score(policy.model, contrast.pixels, contrast.ids, contrast.t).chunk(2))
-    values = contrast.factors * pairwise.soft_preference(scores, contrast.share)
-    with torch.no_grad():
-        side = (2 * contrast.share - 1) * scores.margin  # above 0 where the preferred image has the higher score
-        right = (side > 0).float() + 0.5 * (side == 0).float()
-        metrics = {"loss": values.detach(), "accuracy": right, "margin": scores.margin.detach()}
-    return Step(values, contrast.weights, metrics)
+    return soft_preference_step(scores, contrast.share, contrast.factors, contrast.weights)
