@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +168,8 @@ class ImageJudge:
         shares_only: only the shares of added annotators are trained.
     """
 
+    packing: ClassVar[None] = None
+
     name: str
     parts: ClipParts
     network: ClipScorer
@@ -214,11 +216,7 @@ class ImageJudge:
         self.network.annotators = self.network.annotators.extended(names)
 
     def continue_adapter(self, path: str) -> None:
-        """Refuse adapters.
-
-        Raises:
-            ValueError: always; a judge's adapters are added to its weights when it is saved.
-        """
+        """Refuse adapters: a judge's are added to its weights when it is saved."""
         raise ValueError("model.adapter: a trained judge is a whole CLIP; name its folder as model.path")
 
     def unfreeze(self) -> None:
@@ -243,35 +241,17 @@ class ImageJudge:
         self.network.clip.set_grad_checkpointing(True)
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
-        """Refuse compilation.
-
-        Raises:
-            ValueError: always.
-        """
         raise ValueError(NOT_COMPILED)
 
     def shard_plan(self, net: nn.Module) -> ShardPlan:
-        """Refuse sharding.
-
-        Raises:
-            ValueError: always; the network is small, and its scale is a scalar.
-        """
+        """Refuse sharding: the network is small, and its scale is a scalar."""
         raise ValueError(NOT_SHARDED)
 
     def use_attention(self, wanted: str) -> SelectedBackend:
-        """Return PyTorch's attention, open_clip's own.
-
-        Raises:
-            ValueError: `wanted` is "xformers".
-        """
+        """Return PyTorch's attention, open_clip's own."""
         if wanted == "xformers":
             raise ValueError("train.attention: xformers is not supported for judges of images; use auto or sdpa")
         return SelectedBackend("sdpa")
-
-    @property
-    def packing(self) -> None:
-        """None, since images have no responses to pack."""
-        return None
 
     def encoders(self) -> Iterable[tuple[str, nn.Module]]:
         """Return nothing: the towers belong to the trained network."""

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from mmalign.rewards import step_aware
 from mmalign.rewards.step_aware import Parts, TimeConditioned
 
 NOT_COMPILED = "train.compile: not supported for step judges, whose steps mostly run frozen networks; leave it out"
-
 NOT_SHARDED = "train.sharding: not supported for step judges, which fit on one device; leave it out"
 
 
@@ -41,6 +41,10 @@ class StepJudge:
         loading: the device of the reward model's network, and the dtype of its autocast.
     """
 
+    default_lora_targets: ClassVar[Sequence[str]] = ()  # a reward model is trained in full
+    linear_layers: ClassVar[Sequence[str]] = ()
+    packing: ClassVar[None] = None
+
     name: str
     parts: Parts
     denoiser: TextToImage
@@ -51,29 +55,12 @@ class StepJudge:
         """The reward model's network: both towers, and the layers that condition the vision tower on the timestep."""
         return self.parts.net
 
-    @property
-    def default_lora_targets(self) -> Sequence[str]:
-        """Empty: a reward model is trained in full."""
-        return ()
-
-    @property
-    def linear_layers(self) -> Sequence[str]:
-        return ()
-
     def add_lora(self, settings: LoraSettings) -> None:
-        """Refuse adapters.
-
-        Raises:
-            ValueError: always; the layers for the timestep are initialized to zeros, so they need full training.
-        """
+        """Refuse adapters: the layers for the timestep are initialized to zeros, so they need full training."""
         raise ValueError("model.tune: a step judge needs all its weights trained; set model.tune: full")
 
     def continue_adapter(self, path: str) -> None:
-        """Refuse adapters.
-
-        Raises:
-            ValueError: always; a step judge is trained in full.
-        """
+        """Refuse adapters: a step judge is trained in full."""
         raise ValueError("model.adapter: a step judge needs all its weights trained; leave it out")
 
     def unfreeze(self) -> None:
@@ -88,29 +75,16 @@ class StepJudge:
         self.parts.net.checkpointing = True
 
     def blocks(self, net: nn.Module) -> Sequence[nn.Module]:
-        """Refuse compilation.
-
-        Raises:
-            ValueError: always; the frozen model, which makes the images, does most of the work.
-        """
+        """Refuse compilation: the frozen model, which makes the images, does most of the work."""
         raise ValueError(NOT_COMPILED)
 
     def shard_plan(self, net: nn.Module) -> ShardPlan:
-        """Refuse sharding.
-
-        Raises:
-            ValueError: always; the network is small, and its temperature is a scalar.
-        """
+        """Refuse sharding: the network is small, and its temperature is a scalar."""
         raise ValueError(NOT_SHARDED)
 
     def use_attention(self, wanted: str) -> SelectedBackend:
         """Set the frozen model's attention, which is most of the work; the reward model's own attention is fixed."""
         return self.denoiser.use_attention(wanted)
-
-    @property
-    def packing(self) -> None:
-        """None, since images have no responses to pack."""
-        return None
 
     def save(self, folder: Path, net: nn.Module) -> None:
         """Write a folder that the reward model `step_aware` loads."""
@@ -118,11 +92,7 @@ class StepJudge:
         step_aware.save(replace(self.parts, net=net), folder)
 
     def export(self, folder: Path, net: nn.Module, form: str, dtype: torch.dtype | None) -> None:
-        """Refuse other forms.
-
-        Raises:
-            ValueError: always; only mmalign reads step-aware reward models.
-        """
+        """Refuse other forms: only mmalign reads step-aware reward models."""
         raise ValueError("only mmalign reads a step judge; name the folder `model` of the run as a reward model's path")
 
     def load_trained(self, folder: Path) -> nn.Module:
