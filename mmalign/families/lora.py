@@ -217,6 +217,23 @@ def save_peft(net: nn.Module, folder: Path, name: str, revision: str | None, dty
     save_file({f"base_model.model.{key}": x for key, x in weights.items()}, folder / PEFT_ADAPTERS, {"format": "pt"})
 
 
+def check_exportable(net: nn.Module, merged: str | None, whole: str) -> None:
+    """Check that the adapters of a network are all that its run changed in the published base model.
+
+    Args:
+        net: the network.
+        merged: existing adapters that the run began with.
+        whole: the forms of a whole model, for the message.
+
+    Raises:
+        ValueError: the run changed other weights too.
+    """
+    if merged is not None:
+        raise ValueError(f"this run began with {merged} merged, without which its adapter is wrong; use merged")
+    if not adapter_layers(net):
+        raise ValueError(f"this run trained all weights, so there is no adapter; use {whole}")
+
+
 def check_peft(net: nn.Module, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Load a folder by peft, beside the trained adapters, and compare them.
 

@@ -24,6 +24,7 @@ from mmalign.families.lora import (
     ADAPTERS,
     LOADED,
     adapter_layers,
+    check_exportable,
     check_peft,
     compare_adapters,
     folded,
@@ -63,33 +64,21 @@ def export(
     loading: Loading,
     dtype: torch.dtype | None,
 ) -> None:
-    """Write a trained denoiser in a form, read it back and compare it.
+    """Write a trained denoiser in a form, read it back and compare it (`Family.export`).
 
     Args:
         pipeline: the base pipeline.
         part: the denoiser's name in it.
-        net: the trained denoiser, with its adapters if it has any.
-        folder: an existing empty folder.
-        form: diffusers, peft, kohya, comfyui or merged.
+        net, folder, form, dtype: those of `Family.export`.
         name: the path or Hub id of the base pipeline.
         loading: the settings that it was loaded with.
-        dtype: the dtype of the weights; None keeps that of the base model's files, or float32 for adapters.
-
-    Raises:
-        ValueError: the form does not exist for this pipeline or network, or its reader reads other weights.
     """
-    layers = adapter_layers(net)
     # Whole pipelines
-    if form == "merged" or (form == "diffusers" and not layers):
+    if form == "merged" or (form == "diffusers" and not adapter_layers(net)):
         weights = save_pipeline(pipeline, part, net, folder, name=name, loading=loading, dtype=dtype)
         return _check_pipeline(pipeline, part, folder, weights)
-    # Adapters alone, which belong to the base model as it was published
-    if loading.adapter is not None:
-        raise ValueError(
-            f"this run began with {loading.adapter} merged, without which its adapter is wrong; use merged"
-        )
-    if not layers:
-        raise ValueError("this run trained all weights, so there is no adapter; use merged or diffusers")
+    # Adapters alone
+    check_exportable(net, loading.adapter, "merged or diffusers")
     if form == "peft":
         save_peft(net, folder, name, loading.revision, dtype)
         return check_peft(net, folder, dtype)

@@ -18,6 +18,7 @@ from mmalign.families.lora import (
     absorb_adapters,
     adapter_layers,
     check_adapter_path,
+    check_exportable,
     check_peft,
     in_float32,
     merged_weights,
@@ -50,34 +51,24 @@ def export(
     loading: Loading,
     dtype: torch.dtype | None,
 ) -> None:
-    """Write a trained model in a form, read it back and compare it.
+    """Write a trained model in a form, read it back and compare it (`Family.export`).
 
     Args:
         model: the trained model, with its adapters if it has any.
         processor: its tokenizer and image preprocessor.
-        folder: an existing empty folder.
-        form: peft or merged.
+        folder, form, dtype: those of `Family.export`.
         name: the path or Hub id of the base model.
         loading: the settings that it was loaded with.
-        dtype: the dtype of the weights; None keeps that of the base model's files, or float32 for adapters.
-
-    Raises:
-        ValueError: the form does not exist for this model, or its reader reads other weights.
     """
     if form not in ("peft", "merged"):
         raise ValueError(f"{form} has no vision-language models; use peft or merged")
     if form == "merged":
         weights = save_model(model, folder, name=name, loading=loading, dtype=dtype)
         _check_model(folder, weights)
-    elif loading.adapter is not None:
-        raise ValueError(
-            f"this run began with {loading.adapter} merged, without which its adapter is wrong; use merged"
-        )
-    elif adapter_layers(model):
+    else:
+        check_exportable(model, loading.adapter, "merged")
         save_adapters(model, processor, folder, name=name, loading=loading, dtype=dtype)
         check_peft(model, folder, dtype)
-    else:
-        raise ValueError("this run trained all weights, so there is no adapter; use merged")
     _check_processor(folder)
 
 
