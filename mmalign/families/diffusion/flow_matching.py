@@ -9,7 +9,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,34 +18,41 @@ from torch import Tensor, nn
 
 from mmalign.config import ImageSize
 from mmalign.diffusion.flow import Flow
-from mmalign.families.diffusion.pipeline import LatentModel
+from mmalign.families.diffusion.pipeline import LatentModel, load_pipeline
+from mmalign.families.diffusion.sizes import resolution
 from mmalign.families.editing import SOURCE
 from mmalign.families.lora import ATTENTION
-from mmalign.families.types import Conditioning
+from mmalign.families.types import Conditioning, Loading
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
     from diffusers.configuration_utils import FrozenDict
+
+M = TypeVar("M", bound=LatentModel)
 
 STEPS = 50  # the pipelines' usual default; FLUX.2's shift depends slightly on it
 # Attention projections of images and text, as in the LoRA scripts of diffusers and Flow-GRPO.
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
-def schedule(
-    pipeline: DiffusionPipeline,
+def load(
+    family: type[M],
+    kind: type[DiffusionPipeline],
     path: str,
-    size: ImageSize,
+    loading: Loading,
     *,
+    side: int | None = None,
     mu: Callable[[int, int], float] | None = None,
     even: bool = True,
-) -> Flow:
-    """Return the noise process of a pipeline's scheduler, with the time shift of one image size.
+) -> M:
+    """Load a folder or Hub id with a flow-matching pipeline; times are shifted as for the size of training images.
 
     Args:
-        pipeline: the pipeline.
-        path: its name in error messages.
-        size: the size of training images.
+        family: the adapter.
+        kind: the pipeline's class.
+        path: the folder or the Hub id.
+        loading: the settings.
+        side: the side of the model's images in pixels; None for a pipeline that knows it.
         mu: the shift in logits by an image's tokens and the sampler's steps; None for a line in the tokens, as in
             most pipelines.
         even: True if the pipeline gives its scheduler even times from 1 to 1 / steps; otherwise the scheduler's own.
@@ -53,12 +60,12 @@ def schedule(
     Raises:
         ValueError: the scheduler is not a flow-matching one.
     """
-    scheduler = pipeline.scheduler
-    of_tokens = mu or partial(linear_mu, scheduler.config)
-    width, height = (side // pipeline.vae_scale_factor // 2 for side in size)
-    of_steps = partial(of_tokens, width * height)
+    pipeline = load_pipeline(kind, path, loading)
+    scheduler, size = pipeline.scheduler, loading.size or [side or resolution(pipeline)] * 2
+    width, height = (length // pipeline.vae_scale_factor // 2 for length in size)
+    of_steps = partial(mu or partial(linear_mu, scheduler.config), width * height)
     times = partial(scheduler_times, copy.deepcopy(scheduler), of_steps, even)
-    return Flow.from_scheduler(scheduler, of_steps(STEPS), times, path)
+    return family(path, pipeline, Flow.from_scheduler(scheduler, of_steps(STEPS), times, path), loading)
 
 
 def linear_mu(config: FrozenDict, tokens: int, steps: int) -> float:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
-from mmalign.families.diffusion.sizes import training_size
 from mmalign.families.types import Conditioning, Loading
 
 GUIDANCE = 3.5
@@ -25,20 +24,13 @@ TOKENS = 512  # limit of the T5, as in the pipeline
 class Flux(flow_matching.PackedModel):
     """Adapter of a FluxPipeline."""
 
-    @property
-    def default_lora_targets(self) -> Sequence[str]:
-        """Attention projections of images and text."""
-        return flow_matching.JOINT
+    default_lora_targets = flow_matching.JOINT
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Return the T5's last states, `embeds` [N, L, D], and the CLIP's pooled state, `pooled` [N, P]; float32."""
         embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=self.pipeline.text_encoder.device)
         return Conditioning({"embeds": embeds.float(), "pooled": pooled.float()})
-
-    def unconditional(self) -> Conditioning:
-        """Encode the empty prompt, for training only: the sampler does not use it."""
-        return self.encode_prompts([""])
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
         """Count prompts over the T5's limit; the CLIP's limit is lower, but it adds only a pooled embedding."""
@@ -83,6 +75,4 @@ def load(path: str, loading: Loading) -> Flux:
     """Load a folder or Hub id with a FluxPipeline."""
     from diffusers import FluxPipeline
 
-    pipeline = latents.load_pipeline(FluxPipeline, path, loading)
-    size = training_size(pipeline, loading)
-    return Flux(path, pipeline, flow_matching.schedule(pipeline, path, size), loading)
+    return flow_matching.load(Flux, FluxPipeline, path, loading)

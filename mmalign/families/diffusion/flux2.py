@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from mmalign.config import ImageSize, SamplingConfig
 from mmalign.families.diffusion import autoencoder, flow_matching
-from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
-from mmalign.families.diffusion.sizes import training_size
 from mmalign.families.types import Conditioning, Loading, Moments
 
 GUIDANCE = 4.0
@@ -28,10 +26,7 @@ TOKENS = 512  # limit of system message and prompt, as in the pipeline
 class Flux2(LatentModel):
     """Adapter of a Flux2Pipeline."""
 
-    @property
-    def default_lora_targets(self) -> Sequence[str]:
-        """Attention projections of images and text, and the fused projection of single-stream layers."""
-        return (*flow_matching.JOINT, "to_qkv_mlp_proj")
+    default_lora_targets = (*flow_matching.JOINT, "to_qkv_mlp_proj")  # the last one is that of single-stream layers
 
     def encode_images(self, images: Tensor) -> Moments:
         raw = super().encode_images(images)
@@ -53,10 +48,6 @@ class Flux2(LatentModel):
         """Return `embeds` [N, L, D], float32: three layers' states, concatenated, with padding as in the pipeline."""
         embeds, _ = self.pipeline.encode_prompt(list(prompts), device=self.pipeline.text_encoder.device)
         return Conditioning({"embeds": embeds.float()})
-
-    def unconditional(self) -> Conditioning:
-        """Encode the empty prompt, for training only: the sampler does not use it."""
-        return self.encode_prompts([""])
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
@@ -104,7 +95,5 @@ def load(path: str, loading: Loading) -> Flux2:
     from diffusers import Flux2Pipeline
     from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-    pipeline = latents.load_pipeline(Flux2Pipeline, path, loading)
     # This pipeline computes the shift by its own empirical fit, not from the scheduler's fields.
-    size = training_size(pipeline, loading)
-    return Flux2(path, pipeline, flow_matching.schedule(pipeline, path, size, mu=compute_empirical_mu), loading)
+    return flow_matching.load(Flux2, Flux2Pipeline, path, loading, mu=compute_empirical_mu)

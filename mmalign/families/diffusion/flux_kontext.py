@@ -11,9 +11,7 @@ from torch import Tensor
 
 from mmalign.config import ImageSize, SamplingConfig
 from mmalign.families.diffusion import flow_matching
-from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.flux import Flux
-from mmalign.families.diffusion.sizes import training_size
 from mmalign.families.types import Loading
 
 
@@ -34,6 +32,4 @@ def load(path: str, loading: Loading) -> FluxKontext:
     """Load a folder or Hub id with a FluxKontextPipeline."""
     from diffusers import FluxKontextPipeline
 
-    pipeline = latents.load_pipeline(FluxKontextPipeline, path, loading)
-    size = training_size(pipeline, loading)
-    return FluxKontext(path, pipeline, flow_matching.schedule(pipeline, path, size), loading)
+    return flow_matching.load(FluxKontext, FluxKontextPipeline, path, loading)

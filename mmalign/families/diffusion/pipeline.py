@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -56,9 +56,12 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")  # names in
 class LatentModel(ABC):
     """Base of the diffusion families: the parts of `TextToImage` that only need an autoencoder and a pipeline.
 
-    A family adds its text encoding and its inputs: `encode_prompts`, `unconditional`, `count_truncated` and `predict`
-    for the network, `pipeline_kwargs` for the pipeline.
+    A family adds its text encoding and its inputs: `encode_prompts` and `predict` for the network, `pipeline_kwargs`
+    for the pipeline; and where they differ, `unconditional`, `count_truncated` and `default_lora_targets`.
     """
+
+    default_lora_targets: ClassVar[Sequence[str]] = ATTENTION
+    packing: ClassVar[None] = None
 
     name: str
     pipeline: DiffusionPipeline
@@ -132,12 +135,15 @@ class LatentModel(ABC):
         """Return the text conditioning, one row per prompt."""
 
     @abstractmethod
-    def unconditional(self) -> Conditioning:
-        """Return the conditioning without a prompt, one row."""
-
-    @abstractmethod
     def pipeline_kwargs(self, prompts: Sequence[str], sampling: SamplingConfig) -> dict[str, object]:
         """Return the pipeline's arguments for the prompts: embeddings and guidance scale, by the pipeline's names."""
+
+    def unconditional(self) -> Conditioning:
+        """Encode the empty prompt."""
+        return self.encode_prompts([""])
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        return count_truncated(self.pipeline.tokenizer, prompts)
 
     def pack(self, latents: Tensor) -> Tensor:
         """Convert latents [N, C, H, W] to the pipeline's layout."""
@@ -194,11 +200,6 @@ class LatentModel(ABC):
         return decode(self.pipeline.vae, latents)
 
     @property
-    def default_lora_targets(self) -> Sequence[str]:
-        """Attention projections."""
-        return ATTENTION
-
-    @property
     def linear_layers(self) -> Sequence[str]:
         return all_linear(self.network)
 
@@ -234,10 +235,6 @@ class LatentModel(ABC):
         choice = select_backend(wanted, self.loading.device, dtype, sizes)
         return install_backend(wanted, choice, partial(denoisers.install, self.network))
 
-    @property
-    def packing(self) -> None:
-        return None
-
     def save(self, folder: Path, net: nn.Module) -> None:
         """Save a folder that diffusers loads: LoRA weights if the network has adapters, else a whole pipeline."""
         part = denoiser_name(self.pipeline)
@@ -260,16 +257,17 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     Raises:
         ValueError: a file of the checkpoint is missing or cannot be read, or a single file is to be quantized.
     """
+    part, reads_weights = denoiser_name(cls), not (loading.shapes_only or loading.tokenizers_only)
     # Parts that are replaced or left out, and dtypes
     options: dict[str, Any] = {"revision": loading.revision, "variant": loading.variant}
-    if loading.vae and not (loading.shapes_only or loading.tokenizers_only):
+    if loading.vae and reads_weights:
         options["vae"] = _load_vae(loading.vae, loading)
     if "SafetyChecker" in str(cls.__init__.__annotations__):
         options |= {"safety_checker": None, "requires_safety_checker": False}
     frozen = loading.half or torch.float32
     dtypes = {
         "default": frozen,
-        denoiser_name(cls): frozen if loading.network_half else torch.float32,
+        part: frozen if loading.network_half else torch.float32,
         "vae": loading.vae_dtype,
     }
     if not loading.shapes_only:
@@ -281,27 +279,26 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
         if loading.shapes_only:
             options |= shapes.build_pipeline_parts(configured, index, dtypes)
             if loading.quantize is not None:
-                quantize.quantize_shapes(options[denoiser_name(cls)], loading.quantize, "diffusers")
+                quantize.quantize_shapes(options[part], loading.quantize, "diffusers")
         elif loading.quantize is not None and not loading.tokenizers_only:
-            part = denoiser_name(cls)
             options |= quantize.pipeline_options(loading.quantize, part, frozen, single_file=loading.config is not None)
         # Parts that the pipeline lacks, with the tokenizers of lacking encoders
-        left_out = [part for part, kind in index.items() if isinstance(kind, list | tuple) and kind[0] is None]
-        left_out += [part.replace("text_encoder", "tokenizer") for part in left_out if part in TEXT_ENCODERS]
+        left_out = [name for name, kind in index.items() if isinstance(kind, list | tuple) and kind[0] is None]
+        left_out += [name.replace("text_encoder", "tokenizer") for name in left_out if name in TEXT_ENCODERS]
         if loading.tokenizers_only:
-            left_out += [denoiser_name(cls), "vae", *(part for part in TEXT_ENCODERS if part in index)]
+            left_out += [part, "vae", *(name for name in TEXT_ENCODERS if name in index)]
         options = {**dict.fromkeys(left_out), **options}  # diffusers needs an explicit None, e.g. for SD3's T5
         # Weights, from one file or a folder, and an adapter that the run begins with
-        if loading.config is not None and not (loading.tokenizers_only or loading.shapes_only):
+        if loading.config is not None and reads_weights:
             options["use_safetensors"] = use_safetensors(configured, loading.allow_pickle)
-            pipeline = load_single_file(cls, denoiser_name(cls), path, loading.config, dtypes, options)
+            pipeline = load_single_file(cls, part, path, loading.config, dtypes, options)
         else:
             pipeline = cls.from_pretrained(configured, dtype=dtypes, **options)
         pipeline.to("cpu" if loading.offload and not loading.shapes_only else loading.device)
-    if loading.adapter is not None and not (loading.tokenizers_only or loading.shapes_only):
-        merge_adapter(pipeline, denoiser_name(cls), getattr(pipeline, denoiser_name(cls)), loading.adapter)
+    if loading.adapter is not None and reads_weights:
+        merge_adapter(pipeline, part, getattr(pipeline, part), loading.adapter)
     if loading.quantize is not None and not loading.tokenizers_only:
-        quantize.fit_for_training(pipeline.components[denoiser_name(cls)], frozen)
+        quantize.fit_for_training(pipeline.components[part], frozen)
     # All parts frozen; training unfreezes its own
     for module in pipeline.components.values():
         if isinstance(module, nn.Module):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
-from mmalign.families.diffusion.sizes import training_size
 from mmalign.families.types import Conditioning, Loading
 
 TOKENS = 512  # limit of the prompt and the template's tail, as in the pipeline
@@ -23,10 +22,7 @@ TOKENS = 512  # limit of the prompt and the template's tail, as in the pipeline
 class QwenImage(flow_matching.PackedModel):
     """Adapter of a QwenImagePipeline."""
 
-    @property
-    def default_lora_targets(self) -> Sequence[str]:
-        """Attention projections of images and text."""
-        return flow_matching.JOINT
+    default_lora_targets = flow_matching.JOINT
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -93,6 +89,4 @@ def load(path: str, loading: Loading) -> QwenImage:
     """Load a folder or Hub id with a QwenImagePipeline."""
     from diffusers import QwenImagePipeline
 
-    pipeline = latents.load_pipeline(QwenImagePipeline, path, loading)
-    size = training_size(pipeline, loading)
-    return QwenImage(path, pipeline, flow_matching.schedule(pipeline, path, size), loading)
+    return flow_matching.load(QwenImage, QwenImagePipeline, path, loading)

@@ -18,7 +18,6 @@ from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.qwen_image import TOKENS, QwenImage, guided, patches
-from mmalign.families.diffusion.sizes import training_size
 from mmalign.families.types import Conditioning, Loading
 
 if TYPE_CHECKING:
@@ -99,6 +98,4 @@ def load(path: str, loading: Loading) -> QwenImageEdit:
     """Load a folder or Hub id with a QwenImageEditPipeline."""
     from diffusers import QwenImageEditPipeline
 
-    pipeline = latents.load_pipeline(QwenImageEditPipeline, path, loading)
-    size = training_size(pipeline, loading)
-    return QwenImageEdit(path, pipeline, flow_matching.schedule(pipeline, path, size), loading)
+    return flow_matching.load(QwenImageEdit, QwenImageEditPipeline, path, loading)

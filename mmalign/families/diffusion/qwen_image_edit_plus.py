@@ -9,9 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.families.diffusion import flow_matching
-from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.qwen_image_edit import QwenImageEdit
-from mmalign.families.diffusion.sizes import training_size
 from mmalign.families.types import Loading
 
 
@@ -32,6 +30,4 @@ def load(path: str, loading: Loading) -> QwenImageEditPlus:
     """Load a folder or Hub id with a QwenImageEditPlusPipeline."""
     from diffusers import QwenImageEditPlusPipeline
 
-    pipeline = latents.load_pipeline(QwenImageEditPlusPipeline, path, loading)
-    size = training_size(pipeline, loading)
-    return QwenImageEditPlus(path, pipeline, flow_matching.schedule(pipeline, path, size), loading)
+    return flow_matching.load(QwenImageEditPlus, QwenImageEditPlusPipeline, path, loading)

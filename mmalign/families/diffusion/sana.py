@@ -16,7 +16,6 @@ from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
-from mmalign.families.diffusion.sizes import training_size
 from mmalign.families.types import Conditioning, Loading
 
 TOKENS = 300  # limit of the prompt, as in the pipeline
@@ -73,6 +72,4 @@ def load(path: str, loading: Loading) -> Sana:
     """Load a folder or Hub id with a SanaPipeline."""
     from diffusers import SanaPipeline
 
-    pipeline = latents.load_pipeline(SanaPipeline, path, loading)
-    size = training_size(pipeline, loading)
-    return Sana(path, pipeline, flow_matching.schedule(pipeline, path, size, even=False), loading)
+    return flow_matching.load(Sana, SanaPipeline, path, loading, even=False)

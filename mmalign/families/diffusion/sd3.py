@@ -11,7 +11,6 @@ from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
-from mmalign.families.diffusion.sizes import training_size
 from mmalign.families.types import Conditioning, Loading
 
 TOKENS = 256  # limit of the T5, as in the pipeline
@@ -20,10 +19,7 @@ TOKENS = 256  # limit of the T5, as in the pipeline
 class StableDiffusion3(LatentModel):
     """Adapter of a StableDiffusion3Pipeline."""
 
-    @property
-    def default_lora_targets(self) -> Sequence[str]:
-        """Attention projections of images and text."""
-        return flow_matching.JOINT
+    default_lora_targets = flow_matching.JOINT
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -35,10 +31,6 @@ class StableDiffusion3(LatentModel):
             list(prompts), None, None, self.pipeline.text_encoder.device, do_classifier_free_guidance=False
         )
         return Conditioning({"embeds": embeds.float(), "pooled": pooled.float()})
-
-    def unconditional(self) -> Conditioning:
-        """Encode the empty prompt."""
-        return self.encode_prompts([""])
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
         """Count prompts over the limit of the encoder with the highest one."""
@@ -60,6 +52,4 @@ def load(path: str, loading: Loading) -> StableDiffusion3:
     """Load a folder or Hub id with a StableDiffusion3Pipeline."""
     from diffusers import StableDiffusion3Pipeline
 
-    pipeline = latents.load_pipeline(StableDiffusion3Pipeline, path, loading)
-    size = training_size(pipeline, loading)
-    return StableDiffusion3(path, pipeline, flow_matching.schedule(pipeline, path, size, even=False), loading)
+    return flow_matching.load(StableDiffusion3, StableDiffusion3Pipeline, path, loading, even=False)

@@ -36,9 +36,6 @@ class StableDiffusionXL(LatentModel):
             return Conditioning({name: torch.zeros_like(x) for name, x in empty.tensors.items()})
         return empty
 
-    def count_truncated(self, prompts: Sequence[str]) -> int:
-        return latents.count_truncated(self.pipeline.tokenizer, prompts)
-
     def condition(self, text: Conditioning, sizes: Tensor) -> Conditioning:
         """Add `time_ids` [N, 6]: original size, crop corner and target size of each row's image."""
         return Conditioning({**text.tensors, "time_ids": sizes.to(text.tensors["embeds"])})

@@ -6,7 +6,6 @@ import inspect
 from typing import TYPE_CHECKING
 
 from mmalign.config import ImageSize
-from mmalign.families.types import Loading
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -51,8 +50,3 @@ def resolution(pipeline: DiffusionPipeline) -> int:
     latent_side = getattr(pipeline, "default_sample_size", None)  # for denoisers without a configured size
     latent_side = latent_side or getattr(pipeline, denoiser_name(pipeline)).config.sample_size
     return int(latent_side * pipeline.vae_scale_factor)
-
-
-def training_size(pipeline: DiffusionPipeline, loading: Loading) -> ImageSize:
-    """Return the size of training images: the given one, or a square of the pipeline's own resolution."""
-    return loading.size or ImageSize(resolution(pipeline), resolution(pipeline))

@@ -23,13 +23,6 @@ class StableDiffusion(LatentModel):
         embeds, _ = self.pipeline.encode_prompt(list(prompts), self.pipeline.text_encoder.device, 1, False)
         return Conditioning({"embeds": embeds.float()})
 
-    def unconditional(self) -> Conditioning:
-        """Encode the empty prompt."""
-        return self.encode_prompts([""])
-
-    def count_truncated(self, prompts: Sequence[str]) -> int:
-        return latents.count_truncated(self.pipeline.tokenizer, prompts)
-
     def predict(self, net: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         with self.loading.autocast():
             return net(x_t, t, encoder_hidden_states=cond.tensors["embeds"], return_dict=False)[0]  # type: ignore[no-any-return]

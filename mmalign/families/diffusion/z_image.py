@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmalign.config import ImageSize, SamplingConfig
+from mmalign.config import SamplingConfig
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.diffusion import pipeline as latents
 from mmalign.families.diffusion.pipeline import LatentModel
@@ -40,10 +40,6 @@ class ZImage(LatentModel):
         )
         return flow_matching.padded(rows, TOKENS)
 
-    def unconditional(self) -> Conditioning:
-        """Encode the empty prompt."""
-        return self.encode_prompts([""])
-
     def count_truncated(self, prompts: Sequence[str]) -> int:
         tokenizer = self.pipeline.tokenizer
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
@@ -68,10 +64,4 @@ def load(path: str, loading: Loading) -> ZImage:
     """Load a folder or Hub id with a ZImagePipeline."""
     from diffusers import ZImagePipeline
 
-    pipeline = latents.load_pipeline(ZImagePipeline, path, loading)
-    return ZImage(
-        path,
-        pipeline,
-        flow_matching.schedule(pipeline, path, loading.size or ImageSize(RESOLUTION, RESOLUTION)),
-        loading,
-    )
+    return flow_matching.load(ZImage, ZImagePipeline, path, loading, side=RESOLUTION)
