@@ -106,6 +106,7 @@ def head_sizes(decoder: nn.Module) -> frozenset[int]:
 
 def _register(backend: str) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
     run, name = BACKENDS[backend], _PREFIX + backend
@@ -130,7 +131,9 @@ def _register(backend: str) -> str:
         assert packed_mask is None or isinstance(packed_mask, PackedPrefixMask)
         # With sdpa, ordinary rows take transformers' own function
         if packed_mask is None and backend == "sdpa":
-            return _stock_sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, **more)
+            options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **more}
+            out: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+            return out, None
         _refuse_unsupported(dropout, more, None if packed_mask is None else packed_mask.longest)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if packed_mask is not None:
@@ -145,25 +148,6 @@ def _register(backend: str) -> str:
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
     return name
-
-
-def _stock_sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    **more: object,
-) -> tuple[Tensor, None]:
-    """Call transformers' own SDPA attention."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **more}
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return out, None
 
 
 def _refuse_unsupported(dropout: float, more: dict[str, object], longest: int | None) -> None:

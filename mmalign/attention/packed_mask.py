@@ -47,7 +47,7 @@ class PrefixGroup:
                 f"{self.prefix} and branches of {list(self.branches)}"
             )
 
-    @property
+    @cached_property
     def length(self) -> int:
         """The number of tokens."""
         return self.prefix + sum(self.branches)
@@ -68,12 +68,12 @@ class Block:
     keys: tuple[Range, ...]
     causal: bool
 
-    @property
+    @cached_property
     def num_queries(self) -> int:
         """The number of queries."""
         return self.queries[1] - self.queries[0]
 
-    @property
+    @cached_property
     def num_keys(self) -> int:
         """The number of keys."""
         return sum(stop - start for start, stop in self.keys)
@@ -93,12 +93,12 @@ class PackedPrefixMask:
         if not self.prefix_groups:
             raise ValueError("attention: expected at least one prefix group, got none")
 
-    @property
+    @cached_property
     def length(self) -> int:
         """The number of tokens L."""
         return sum(group.length for group in self.prefix_groups)
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """The number of tokens of the longest unpacked row."""
         return max(group.prefix + max(group.branches) for group in self.prefix_groups)
