@@ -26,6 +26,7 @@ from packaging.specifiers import SpecifierSet
 
 from mmalign.attention import backends
 from mmalign.attention.packed_mask import PackedPrefixMask, PrefixGroup
+from mmalign.reading import error_line
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 256  # head dimension, also a multiple of 8: the table of operators in xformers' ops/fmha
@@ -75,7 +76,7 @@ def _unusable_reason() -> str | None:
         importlib.import_module("xformers.ops")
     except Exception as error:  # a broken compiled package raises many types
         sys.modules["xformers"] = None  # type: ignore[assignment]  # Python's mark of a package that is not there
-        return f"it cannot be imported ({_first_line(error)}); pip install 'mmalign[cuda]' installs it again"
+        return f"it cannot be imported ({error_line(error)}); pip install 'mmalign[cuda]' installs it again"
     if not SpecifierSet(SUPPORTED).contains(version):
         return f"xformers {version} is installed, expected xformers{SUPPORTED} (pip install 'xformers{SUPPORTED}')"
     return _missing_kernels_reason(version)
@@ -125,10 +126,5 @@ def _failure_reason(device: torch.device, dtype: torch.dtype, head_sizes: frozen
                 x = torch.zeros(1, packed_mask.length, 2, size, device=device, dtype=dtype, requires_grad=True)
                 backends.xformers(x, x, x, mask).sum().backward()
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        return f"a trial run failed ({_first_line(error)})"
+        return f"a trial run failed ({error_line(error)})"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    """Return an error's type and first line; xformers' messages have a line for every operator."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').strip()[:200]}"

@@ -135,6 +135,11 @@ def first_line(error: BaseException) -> str:
     return line if len(line) <= 200 else f"{line[:200]}..."
 
 
+def error_line(error: BaseException) -> str:
+    """Return the type and the first line of a library's error, whose message may fill a page."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def broken_text(value: object) -> str | None:
     """Return a sentence about the first text with half of a character (a lone surrogate); None if there is none.
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmalign.atomic_io import atomic_write, hidden
-from mmalign.reading import check_file, first_line, parse_as
+from mmalign.reading import check_file, error_line, parse_as
 from mmalign.training.record import Record
 
 if TYPE_CHECKING:
@@ -165,7 +165,8 @@ def complete(folder: Path) -> list[Path]:
 
 def best(folder: Path) -> Path | None:
     """Return the checkpoint with the lowest score, the first of equal ones; None if none has a score."""
-    scored = [(score, path) for path in complete(folder) if (score := _score(path)) is not None]
+    abouts = [(about.score, path) for path in complete(folder) if (about := _about_if_intact(path)) is not None]
+    scored = [(score, path) for score, path in abouts if score is not None]
     return min(scored)[1] if scored else None
 
 
@@ -210,7 +211,7 @@ def read(path: Path, identity: Mapping[str, str] | None) -> Checkpoint:
         raise
     # For a damaged file torch alone raises four kinds of error, and safetensors another.
     except Exception as error:
-        raise DamagedCheckpointError(f"{path}: is damaged ({_first_line(error)})") from error
+        raise DamagedCheckpointError(f"{path}: is damaged ({error_line(error)})") from error
     # Hashes prove what was written, not that it was finite
     broken = next((name for name, weight in weights.items() if not torch.isfinite(weight).all()), None)
     if broken is not None:
@@ -234,16 +235,14 @@ def _about(path: Path) -> _About:
 
 def _is_resumable(path: Path) -> bool:
     """Return whether training can resume from a checkpoint; True for a damaged file, which `read` refuses."""
-    try:
-        return _about(path).resting
-    except (OSError, ValueError):
-        return True
+    about = _about_if_intact(path)
+    return about is None or about.resting
 
 
-def _score(path: Path) -> float | None:
-    """Return a checkpoint's score; None also for a damaged file, which must not stop a run from saving."""
+def _about_if_intact(path: Path) -> _About | None:
+    """Read `checkpoint.json`; None for a damaged file, which must not stop a run from saving."""
     try:
-        return _about(path).score
+        return _about(path)
     except (OSError, ValueError):
         return None
 
@@ -251,11 +250,6 @@ def _score(path: Path) -> float | None:
 def _unreadable(path: Path, error: Exception) -> ValueError:
     """Return the error for a checkpoint that the system cannot read now, which says nothing about its content."""
     return ValueError(
-        f"{path}: cannot be read now ({_first_line(error)}); the checkpoint may be sound: look at its permissions, the "
+        f"{path}: cannot be read now ({error_line(error)}); the checkpoint may be sound: look at its permissions, the "
         "disk and the memory, and run the same command again"
     )
-
-
-def _first_line(error: Exception) -> str:
-    """Return the type and first line of an error, since torch's messages fill a page; at most 200 characters."""
-    return f"{type(error).__name__}: {first_line(error)}"
