@@ -280,8 +280,9 @@ def doctor(
 ) -> None:
     """Find defects of preference data: unreadable images, contradictions, shared images, length bias, and others.
 
-    Exit code: 0 if nothing was found, 1 for findings of the level --fail-on, 2 if the data cannot be read.
+    Exit code: 0 if nothing was found, 1 for findings of the level --fail-on, 2 if files cannot be read or written.
     """
+    from mmalign.atomic_io import CheckpointError
     from mmalign.commands.doctor import doctor as run
 
     # Exit code 1 is for findings, so that an error has another one
@@ -296,7 +297,7 @@ def doctor(
             json=json,
             html=html,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CheckpointError) as error:
         if shows_tracebacks():
             raise
         print_error(f"error: {error_message(error)}")

@@ -57,7 +57,7 @@ def doctor(
 
     Raises:
         ValueError: the data cannot be read, or an argument is wrong.
-        OSError: a report cannot be written.
+        CheckpointError: a report cannot be written.
     """
     for name in ignore:
         check_known("--ignore: there is no check", name, NAMES)

@@ -92,7 +92,7 @@ def test_exit_code_follows_the_findings(tmp_path: Path) -> None:
     assert run(rows, "--fail-on", "error")[0] == 1
 
 
-def test_unreadable_data_give_exit_code_2(tmp_path: Path) -> None:
+def test_errors_give_exit_code_2(tmp_path: Path) -> None:
     torn = tmp_path / "torn.jsonl"
     torn.write_text('{"prompt": "a", "chosen": ')
     colours = data_files.write_jsonl(tmp_path / "colours.jsonl", {"red": 1})
@@ -110,6 +110,8 @@ def test_unreadable_data_give_exit_code_2(tmp_path: Path) -> None:
         ([pairs, "--ignore", "tie"], "did you mean 'ties'"),
         ([pairs, "--format", "trl"], "has no"),
         ([rows, "--format", "answers"], "there is no 'answers'"),
+        ([rows, "--json", tmp_path / "none" / "report.json"], "could not be written"),
+        ([rows, "--html", tmp_path / "none" / "report.html"], "could not be written"),
     ):
         code, printed = run(*arguments)
         assert code == 2 and "error: " in printed and words in printed, printed
