@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from mmalign.atomic_io import atomic_write
 from mmalign.data.images import BadImage, decode
-from mmalign.data.pairs import ImageRef
 from mmalign.doctor.findings import Finding, Place
 from mmalign.doctor.report import Report
-from mmalign.pages.grid import SMALL
-from mmalign.pages.page import data_uri, render
+from mmalign.pages.page import image_variables, write_html
 
 _SHOWN = 12  # places of a finding
 _CHARACTERS = 2000  # of a text; a page shows eight lines
@@ -20,10 +18,11 @@ def write(file: Path, report: Report) -> None:
     """Write the page of a report.
 
     Raises:
-        OSError: the file cannot be written.
+        CheckpointError: the file cannot be written.
     """
     number = len(report.problems)
-    page = render(
+    write_html(
+        file,
         "findings.html.jinja",
         title=f"Data doctor: {report.source}",
         lead=f"{report.rows}. {number} of {len(report.findings)} checks found defects.",
@@ -31,8 +30,6 @@ def write(file: Path, report: Report) -> None:
         clean=report.clean,
         not_checked=[(one.check.name, one.not_checked) for one in report.findings if one.not_checked],
     )
-    with atomic_write(file) as part:
-        part.write_bytes(page.encode("utf-8", "replace"))
 
 
 def _section(finding: Finding) -> dict[str, object]:
@@ -49,20 +46,14 @@ def _section(finding: Finding) -> dict[str, object]:
 
 
 def _place(place: Place) -> dict[str, object]:
-    images = [_image(name, ref) for name, ref in place.images]
+    # Images that cannot be read are left out
+    images = []
+    for name, ref in place.images:
+        with contextlib.suppress(BadImage):
+            images.append(image_variables(name, decode(ref)))
     return {
         "location": place.location,
         "detail": place.detail,
-        "images": [image for image in images if image is not None],
+        "images": images,
         "texts": [(name, text[:_CHARACTERS]) for name, text in place.texts],
     }
-
-
-def _image(name: str, ref: ImageRef) -> dict[str, object] | None:
-    """Return an image's variables for the template; None if it cannot be read."""
-    try:
-        image = decode(ref)
-    except BadImage:
-        return None
-    width, height = image.size
-    return {"name": name, "uri": data_uri(image), "width": width, "height": height, "small": max(image.size) <= SMALL}

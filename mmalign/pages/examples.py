@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mmalign.atomic_io import atomic_write
-from mmalign.pages.grid import SMALL
-from mmalign.pages.page import data_uri, render
+from mmalign.pages.page import image_variables, write_html
 
 
 class TextSpan(NamedTuple):
@@ -84,7 +82,7 @@ def write(file: Path, view: DataView, title: str) -> None:
     """Write the view as one HTML file that needs no network.
 
     Raises:
-        OSError: the file cannot be written.
+        CheckpointError: the file cannot be written.
     """
     examples = [
         {
@@ -96,18 +94,11 @@ def write(file: Path, view: DataView, title: str) -> None:
                     "name": side.name,
                     "note": side.note,
                     "text": side.text,
-                    "images": [_image(name, image) for name, image in (side.images or {}).items()],
+                    "images": [image_variables(name, image) for name, image in (side.images or {}).items()],
                 }
                 for side in example.sides
             ],
         }
         for example in view.examples
     ]
-    page = render("examples.html.jinja", title=title, facts=view.facts, examples=examples)
-    with atomic_write(file) as part:
-        part.write_bytes(page.encode("utf-8", "replace"))
-
-
-def _image(name: str, image: Image.Image) -> dict[str, object]:
-    width, height = image.size
-    return {"name": name, "uri": data_uri(image), "width": width, "height": height, "small": max(image.size) <= SMALL}
+    write_html(file, "examples.html.jinja", title=title, facts=view.facts, examples=examples)

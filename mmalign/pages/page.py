@@ -287,6 +287,21 @@ def render(template: str, **variables: object) -> str:
     return environment.get_template(template).render(**variables)
 
 
+def write_html(file: Path, template: str, **variables: object) -> None:
+    """Write the HTML of a template to one file that needs no network; half of a character becomes a question mark.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    _write(file, render(template, **variables).encode("utf-8", "replace"))
+
+
+def image_variables(name: str, image: Image.Image) -> dict[str, object]:
+    """Return an image's variables for a template."""
+    width, height = image.size
+    return {"name": name, "uri": data_uri(image), "width": width, "height": height, "small": max(image.size) <= SMALL}
+
+
 def _sha256(text: str) -> str:
     """Return the hash of an inline style or script, as a content policy names it."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from mmalign.doctor.checks import inputs, preferences, rows, sharing, sizes
 from mmalign.doctor.findings import PAIRS, Check
 
@@ -20,7 +22,7 @@ CHECKS = (
         "rows without their image",
         "Put the files in place, or name their folder (data.images); training skips these rows.",
         PAIRS,
-        rows.missing,
+        partial(rows.skipped, defect="missing image"),
     ),
     Check(
         "unusable",
@@ -28,7 +30,7 @@ CHECKS = (
         "rows that cannot be used",
         "Repair or remove these rows; training skips them.",
         PAIRS,
-        rows.unusable,
+        partial(rows.skipped, defect="unusable"),
     ),
     Check(
         "identical",

@@ -17,16 +17,6 @@ def unreadable(corpus: Corpus) -> list[Place]:
     return list(places.values())
 
 
-def missing(corpus: Corpus) -> list[Place]:
-    """Return the rows without an image, or with a file that does not exist."""
-    return skipped(corpus, "missing image")
-
-
-def unusable(corpus: Corpus) -> list[Place]:
-    """Return the rows that the reader skips for other reasons than those of the other checks."""
-    return skipped(corpus, "unusable")
-
-
 def skipped(corpus: Corpus, defect: Defect) -> list[Place]:
     """Return the rows that the reader skips because of a defect."""
     return [Place(row.location, row.reason) for row in corpus.skipped if row.defect == defect]
