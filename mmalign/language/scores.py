@@ -49,7 +49,7 @@ def log_probabilities(
         logps = logits.gather(1, targets.view(len(targets), -1)) - logits.logsumexp(1, keepdim=True)
         return logps.view(targets.shape)
 
-    chunks = _chunks(len(targets), vocabulary, chunk or _chunk(hidden))
+    chunks = _chunks(hidden, vocabulary, chunk)
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(some, hidden[at], targets[at], use_reentrant=False) for at in chunks])
     return torch.cat([some(hidden[at], targets[at]) for at in chunks])
@@ -74,17 +74,13 @@ def most_likely(
             logits = logits.scatter(1, avoided[at, None], -torch.inf)
         return logits.argmax(1)
 
-    return torch.cat([some(at) for at in _chunks(len(hidden), vocabulary, chunk or _chunk(hidden))])
+    return torch.cat([some(at) for at in _chunks(hidden, vocabulary, chunk)])
 
 
-def _chunk(hidden: Tensor) -> int:
-    return CHUNK_CUDA if hidden.is_cuda else CHUNK
-
-
-def _chunks(length: int, vocabulary: int, chunk: int) -> list[slice]:
-    """Return slices of rows with at most `chunk` logits each."""
-    rows = max(1, chunk // vocabulary)
-    return [slice(first, first + rows) for first in range(0, length, rows)]
+def _chunks(hidden: Tensor, vocabulary: int, chunk: int | None) -> list[slice]:
+    """Return slices of the rows with at most `chunk` logits each; None for the default of the device."""
+    rows = max(1, (chunk or (CHUNK_CUDA if hidden.is_cuda else CHUNK)) // vocabulary)
+    return [slice(first, first + rows) for first in range(0, len(hidden), rows)]
 
 
 def total(logps: Tensor, mask: Tensor) -> Tensor:

@@ -95,11 +95,9 @@ class Policy(Generic[F]):
             case None:
                 return None
 
-    @contextmanager
-    def as_old(self) -> Iterator[None]:
+    def as_old(self) -> AbstractContextManager[None]:
         """Give the policy the weights of the old policy, for a time without gradients; they may be its own."""
-        with nullcontext() if self.old is None else self.old.swapped(self.trainable()):
-            yield
+        return nullcontext() if self.old is None else self.old.swapped(self.trainable())
 
     def against_base(self) -> Policy[F]:
         """Return the policy with the reference of its first update, which no update moves."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,18 +50,15 @@ def export(folder: Path, run: TrainingRun) -> None:
     policy, ema, accelerator = run.policy, run.train_state.ema, run.train_state.accelerator
     # Shards cannot be saved: they are gathered into the skeleton
     net = policy.unwrapped if policy.skeleton is None else policy.skeleton
-    if ema is not None:
-        ema.swap(policy.trainable())
-    # A collective operation: all processes take part, and the main one keeps the weights
-    if policy.skeleton is not None:
-        sharding.fill(policy.skeleton, policy.unwrapped, keep=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        with atomic_write(folder, marker=RUN_INFO) as part:
-            policy.family.save(part, net)
-            verdict = str(run.reports.get("verdict", ""))
-            write_run_info(part, RunInfo(run.progress.step, run.progress.seconds, run.identity, run.record, verdict))
-    if ema is not None:
-        ema.swap(policy.trainable())
+    with nullcontext() if ema is None else ema.swapped(policy.trainable()):
+        # A collective operation: all processes take part, and the main one keeps the weights
+        if policy.skeleton is not None:
+            sharding.fill(policy.skeleton, policy.unwrapped, keep=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            with atomic_write(folder, marker=RUN_INFO) as part:
+                policy.family.save(part, net)
+                verdict, progress = str(run.reports.get("verdict", "")), run.progress
+                write_run_info(part, RunInfo(progress.step, progress.seconds, run.identity, run.record, verdict))
     # No process reads the folder before it is complete
     accelerator.wait_for_everyone()
 

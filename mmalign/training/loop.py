@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.config import MethodConfig
-from mmalign.methods import AnyMethod, Requirements, Step, epoch_rng, remember
+from mmalign.methods import AnyMethod, Step, epoch_rng, remember
 from mmalign.policy import Policy, sharding
 from mmalign.policy.lagging import LaggingCopy
 from mmalign.rng import KeyedRNG
@@ -113,7 +113,7 @@ def train(
     assert not progress.pending, "pending contrasts cannot be recomputed"
     needs, window = method.requirements(config), _GradientAccumulator(policy, train_state)
     clock = time.process_time if train_state.accelerator.device.type == "cpu" else time.perf_counter
-    since, hint = clock(), _empty_hint(needs)
+    since, hint = clock(), f": {needs.hint_if_empty}" if needs.hint_if_empty else ""
     while progress.step < steps:
         first = progress.batch
         for batch in batches(progress.epoch, first):
@@ -140,11 +140,6 @@ def train(
         window.end_epoch(progress, hint, whole=first == 0)  # a part of an epoch proves nothing
         progress.epoch, progress.batch = progress.epoch + 1, 0
     return progress
-
-
-def _empty_hint(needs: Requirements) -> str:
-    """Return the method's hint for batches without contrasts, as the end of a sentence."""
-    return f": {needs.hint_if_empty}" if needs.hint_if_empty else ""
 
 
 def make_contrasts(

@@ -11,8 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
 from mmalign.console import print_through
@@ -71,10 +70,10 @@ class Reporter:
             BarColumn(self.bar_width),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
-            _Numbers(self),
+            TextColumn("{task.fields[numbers]}", markup=False),
         ]
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.task = self.bar.add_task("train", total=steps, completed=first, speed="")
+        self.task = self.bar.add_task("train", total=steps, completed=first, speed="", numbers="")
         # Sums since the last report
         self.sums: dict[str, Tensor] = {}
         self.count, self.history, self.warned = 0, list[dict[str, float]](), False
@@ -129,7 +128,8 @@ class Reporter:
         self.count += 1
         if step % self.every == 0 or step == self.steps:
             self._report(step)
-        self.bar.update(self.task, completed=step, speed=self.speed.now(step))
+        speed = self.speed.now(step)
+        self.bar.update(self.task, completed=step, speed=speed, numbers="  ".join(self.fitting(speed)))
 
     def add_reward(self, epoch: int, batch: int, reward: Tensor) -> None:
         """Keep a mean reward for the verdict if it is the first of a batch, whose updates share one generation."""
@@ -189,18 +189,6 @@ class Reporter:
             return
         self.warned = True
         logger.warning(f"warning: mean |logit| {means['logit size']:.2g}: {problem}")
-
-
-class _Numbers(ProgressColumn):
-    """Column of the numbers that fit."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        super().__init__()
-        self.reporter = reporter
-
-    def render(self, task: Task) -> Text:
-        """Return the numbers, two spaces between them."""
-        return Text("  ".join(self.reporter.fitting(task.fields["speed"])))
 
 
 class _Speed:

@@ -135,8 +135,7 @@ def _judge_sides(values: Values, sides: tuple[str, str], evidence: Evidence) -> 
     numbers = _numbers(values, sides, gains, difference)
 
     # Broken, empty and unmoved models
-    problem = broken(values, better)
-    if problem:
+    if problem := broken(values, better):
         return f"the model is broken, {problem} {numbers}: lower train.lr"
     equal = _equal_share(values, sides)
     if equal >= MANY:
@@ -190,8 +189,7 @@ def _judge_thumbs(values: Values, evidence: Evidence) -> str:
     # The liked side under the names that `broken` and `_numbers` read
     liked = {**values, **parts["liked"]}
     numbers = _numbers(liked, sides, gains, difference)
-    problem = broken(liked, "liked")
-    if problem:
+    if problem := broken(liked, "liked"):
         return f"the model is broken, {problem} {numbers}: lower train.lr"
     if fmean(abs(gain) for gain in values["output gain"]) == 0:
         return f"nothing moved {numbers}: train longer, or raise the learning rate"
@@ -264,8 +262,7 @@ def _judge_side(values: Values, evidence: Evidence) -> str:
     gain, before, after = mean_of(values["chosen gain"]), fmean(evidence.start[name]), fmean(values[name])
     trained = "training" if evidence.seen else "held-out"
     numbers = f"({name} {before:.4g} before the first update, {after:.4g} now, on {len(values[name])} {trained} pairs)"
-    problem = broken(values, "chosen")
-    if problem:
+    if problem := broken(values, "chosen"):
         return f"the model is broken, {problem} {numbers}: lower train.lr"
     if _unmoved(values, "chosen"):
         return f"nothing moved {numbers}: train longer, or raise the learning rate"
