@@ -24,7 +24,6 @@ _FOREIGN = (*PICKLES, ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".xml")
 TINY = 2**-24  # half of the smallest number in float16
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _DTYPES.values()}
 
 
 def source_folder(path: str, revision: str | None) -> Path:

@@ -66,13 +66,13 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return advantages(rewards, scale="none") * (number / (number - 1))
 
 
-def decoupled(rewards: Tensor, weights: Tensor, *, unbiased: bool = False, eps: float = 1e-4) -> Tensor:
+def decoupled(rewards: Tensor, weights: Tensor, *, eps: float = 1e-4) -> Tensor:
     """Return the weighted sum [B, K] of each judge's advantages within its prompts (GDPO, arXiv:2601.05242).
 
     The rewards [J, B, K] of judges with different units thus count alike; a judge that tells none of a prompt's outputs
     apart adds 0. GDPO's advantages are those of this sum with the scale of the batch. `weights` [J] are the judges'.
     """
-    judged = [advantages(own, unbiased=unbiased, eps=eps) for own in rewards]
+    judged = [advantages(own, eps=eps) for own in rewards]
     return torch.einsum("jbk,j->bk", torch.stack(judged), weights.to(rewards.dtype))
 
 

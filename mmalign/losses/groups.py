@@ -180,11 +180,11 @@ def _targets(group: Group, alpha: float) -> Tensor:
     return torch.softmax((group.rewards / alpha).masked_fill(~group.present, -torch.inf), 1)
 
 
-def _scaled(group: Group, top: float = 3.0) -> Tensor:
-    """Return the rewards of each list mapped linearly to 0..`top`; equal rewards are 0."""
+def _scaled(group: Group) -> Tensor:
+    """Return the rewards of each list mapped linearly to 0..3; equal rewards are 0."""
     low = group.rewards.masked_fill(~group.present, torch.inf).amin(1, keepdim=True)
     high = group.rewards.masked_fill(~group.present, -torch.inf).amax(1, keepdim=True)
-    return (top * (group.rewards - low) / (high - low).clamp(min=torch.finfo(low.dtype).tiny)).clamp(0, top)
+    return (3 * (group.rewards - low) / (high - low).clamp(min=torch.finfo(low.dtype).tiny)).clamp(0, 3)
 
 
 def _ranks(values: Tensor, present: Tensor, ties: Tensor | None = None) -> Tensor:

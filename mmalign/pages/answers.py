@@ -9,7 +9,7 @@ from PIL import Image
 from mmalign.evaluation.benchmarks.base import RatedAnswer
 from mmalign.pages.grid import INK, MUTED, SMALL, TEXT, Cell, Piece, Text, Tile
 from mmalign.pages.page import GalleryEntry, PageLayout
-from mmalign.pages.ranking import change, format_score, format_scores, kind
+from mmalign.pages.ranking import format_change, format_scores, kind
 
 
 class Span(NamedTuple):
@@ -43,7 +43,7 @@ def answer_entry(
     }
     scores = (before.score, after.score)
     # A tile with the image above the truth, and the question with both answers to the right
-    texts = [Text([Piece(f"{question}  ", MUTED), Piece(format_score(change(scores), "+"), INK[kind(scores)])])]
+    texts = [Text([Piece(f"{question}  ", MUTED), Piece(format_change(scores), INK[kind(scores)])])]
     for (side, answer), score in zip(answers.items(), format_scores(scores), strict=True):
         parts = spans(answer) or [Span("(nothing)", False)]
         pieces = [Piece(part.text, INK["lost"] if part.invented else TEXT, part.invented) for part in parts]

@@ -16,6 +16,7 @@ from mmalign.pages.grid import INK, Cell, Piece, Section, Text, Tile, render_gri
 # Okabe and Ito's colours for colour-blind readers, and markers that distinguish the recipes without colour
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 MARKERS = "osD^vPX*"
+SIDE = 128  # pixels of an image in a grid of several models
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
@@ -152,20 +153,18 @@ def render_side_by_side(
     columns: Mapping[str, Sequence[RatedImage]],
     title: str,
     lines: Sequence[str],
-    *,
-    side: int = 128,
 ) -> Image.Image:
-    """Return a grid with a row for each of N prompts, and a column of N images of `side` pixels for each model."""
+    """Return a grid with a row for each of N prompts, and a column of N images for each model."""
 
     def text_cell(text: str, size: int, width: int) -> Cell:
         return Cell([Text([Piece(text)], size, num_lines=3)], width=width)
 
     # The models' names above their images
-    tiles = [Tile([text_cell("", 16, 230), *(text_cell(name, 16, side) for name in columns)])]
+    tiles = [Tile([text_cell("", 16, 230), *(text_cell(name, 16, SIDE) for name in columns)])]
     for prompt, *images in zip(prompts, *columns.values(), strict=True):
         cells = [text_cell(prompt, 17, 230)]
         for image in images:
             ink = INK["gained" if image.is_good else "lost"]
-            cells.append(Cell([Text([Piece(image.note, ink)], 15, num_lines=2)], image.image, side, frame=ink))
+            cells.append(Cell([Text([Piece(image.note, ink)], 15, num_lines=2)], image.image, SIDE, frame=ink))
         tiles.append(Tile(cells))
     return render_grid(title, lines, [Section(tiles)], columns=1)

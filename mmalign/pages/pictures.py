@@ -8,7 +8,7 @@ from PIL import Image
 
 from mmalign.pages.grid import INK, MUTED, Cell, Piece, Text, Tile
 from mmalign.pages.page import GalleryEntry, PageLayout
-from mmalign.pages.ranking import Scores, change, format_score, format_scores, kind
+from mmalign.pages.ranking import Scores, format_change, format_scores, kind
 
 
 def picture_entry(
@@ -30,7 +30,7 @@ def picture_entry(
     for side, image, score, note in zip(("before", "after"), images, format_scores(scores), notes, strict=True):
         pieces = [Piece(f"{side} {score}")]
         if side == "after":
-            pieces.append(Piece(f" ({format_score(change(scores), '+')})", INK[kind(scores)]))
+            pieces.append(Piece(f" ({format_change(scores)})", INK[kind(scores)]))
         cells.append(Cell([Text(pieces), Text([Piece(note, MUTED)], 16)], image))
     tile = Tile(cells, heading=[Text([Piece(prompt)], 21, num_lines=2)])
     return GalleryEntry(prompt, f"seed {seed}", scores, notes, by_name, {"prompt": prompt, "seed": seed}, tile)

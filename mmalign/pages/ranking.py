@@ -77,6 +77,6 @@ def format_scores(scores: Scores) -> tuple[str, str]:
     return before, after
 
 
-def format_score(value: float, sign: str = "") -> str:
-    """Format a score with three significant digits; `sign` "+" shows the sign of a change."""
-    return f"{value:{sign}.3g}"
+def format_change(scores: Scores) -> str:
+    """Format the change of a score with its sign and three significant digits."""
+    return f"{change(scores):+.3g}"
