@@ -103,7 +103,7 @@ class Errors:
     drift: Tensor
 
 
-def online_requirements(cfg: OnlineConfig) -> Requirements:
+def requirements(cfg: OnlineConfig) -> Requirements:
     """Return the needs of a method that learns from all images."""
     return judged_requirements(cfg, cfg.generation.noisings, cfg.generation.images)
 
@@ -160,7 +160,7 @@ def noise_images(family: TextToImage, batch: EncodedPrompts, x_0: Tensor, rng: K
     return noise_clean(family.schedule, clean, batch.rows, rng, index)
 
 
-def online_contrasts(
+def contrasts(
     policy: Policy[TextToImage],
     batch: EncodedPrompts,
     cfg: AdvantageMethodConfig,
@@ -222,7 +222,7 @@ def by_prompt(values: Tensor, number: int) -> Tensor:
     return values.view(-1, number, *values.shape[1:]).transpose(0, 1)
 
 
-def online_step(losses: Tensor, errors: Errors, contrast: Contrast) -> Step:
+def step(losses: Tensor, errors: Errors, contrast: Contrast) -> Step:
     """Return the step of losses [B], with the change of the errors as metrics.
 
     "gain" is by how much more the error of better images fell since generation: the mean of advantage times fall.

@@ -17,25 +17,18 @@ from mmalign.config.methods.online_images import AWMConfig as Config
 from mmalign.families.base import TextToImage
 from mmalign.losses import forward_process
 from mmalign.methods import Step
-from mmalign.methods.text_to_image._online import (
-    Contrast,
-    by_prompt,
-    errors_of,
-    online_contrasts,
-    online_requirements,
-    online_step,
-)
+from mmalign.methods.text_to_image import _online
 from mmalign.policy import Policy
 
-requirements = online_requirements
-contrasts = online_contrasts
+requirements = _online.requirements
+contrasts = _online.contrasts
 
 
-def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
+def loss(policy: Policy[TextToImage], contrast: _online.Contrast, cfg: Config) -> Step:
     """Return the clipped loss of the measured errors, and the differences to the old policy and the reference."""
-    errors, share = errors_of(policy, contrast), contrast.advantages / cfg.advantages.clip
+    errors, share = _online.errors_of(policy, contrast), contrast.advantages / cfg.advantages.clip
     # Noise levels [B, K] of the images' times, for the measure of errors
-    noise = by_prompt(policy.family.schedule.levels(contrast.view.t)[1].flatten(), len(share))
+    noise = _online.by_prompt(policy.family.schedule.levels(contrast.view.t)[1].flatten(), len(share))
     new, old = (forward_process.measured(error, noise, cfg.measure) for error in (errors.policy, errors.old))
     losses = forward_process.awm(new, old, share, clip=cfg.clip)
-    return online_step(losses + (cfg.trust * errors.shift + cfg.kl * errors.drift).mean(1), errors, contrast)
+    return _online.step(losses + (cfg.trust * errors.shift + cfg.kl * errors.drift).mean(1), errors, contrast)

@@ -16,27 +16,21 @@ from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.families.base import TextToImage
 from mmalign.losses.forward_process import crd
 from mmalign.methods import Step
-from mmalign.methods.text_to_image._online import (
-    Contrast,
-    errors_of,
-    online_contrasts,
-    online_requirements,
-    online_step,
-)
+from mmalign.methods.text_to_image import _online
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
-requirements = online_requirements
+requirements = _online.requirements
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[_online.Contrast]:
     """Generate and judge the images of a batch, and return their contrasts, one noising after another."""
-    return online_contrasts(policy, batch, cfg, rng, cfg.reference_guidance)
+    return _online.contrasts(policy, batch, cfg, rng, cfg.reference_guidance)
 
 
-def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
+def loss(policy: Policy[TextToImage], contrast: _online.Contrast, cfg: Config) -> Step:
     """Return the regression's loss, and the difference to the guided reference."""
-    errors, share = errors_of(policy, contrast), contrast.advantages / cfg.advantages.clip
+    errors, share = _online.errors_of(policy, contrast), contrast.advantages / cfg.advantages.clip
     kl = cfg.least_kl + (1 + share) / 2 * (cfg.kl - cfg.least_kl)
     losses = crd(errors.policy, errors.old, share, beta=cfg.beta) + (kl * errors.drift).mean(1)
-    return online_step(losses, errors, contrast)
+    return _online.step(losses, errors, contrast)

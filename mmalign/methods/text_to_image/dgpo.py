@@ -15,23 +15,17 @@ from mmalign.config.methods.online_images import DGPOConfig as Config
 from mmalign.families.base import TextToImage
 from mmalign.losses.forward_process import dgpo, within_trust
 from mmalign.methods import Step
-from mmalign.methods.text_to_image._online import (
-    Contrast,
-    errors_of,
-    online_contrasts,
-    online_requirements,
-    online_step,
-)
+from mmalign.methods.text_to_image import _online
 from mmalign.policy import Policy
 
-requirements = online_requirements
-contrasts = online_contrasts
+requirements = _online.requirements
+contrasts = _online.contrasts
 
 
-def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
+def loss(policy: Policy[TextToImage], contrast: _online.Contrast, cfg: Config) -> Step:
     """Return the group's loss on the errors of policy and reference."""
-    errors, advantage = errors_of(policy, contrast), contrast.advantages
+    errors, advantage = _online.errors_of(policy, contrast), contrast.advantages
     error = errors.policy
     if cfg.clip is not None:
         error = within_trust(error, errors.old, advantage, clip=cfg.clip)
-    return online_step(dgpo(error, errors.reference, advantage, beta=cfg.beta), errors, contrast)
+    return _online.step(dgpo(error, errors.reference, advantage, beta=cfg.beta), errors, contrast)

@@ -22,46 +22,38 @@ from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.families.base import TextToImage
 from mmalign.losses import forward_process
 from mmalign.methods import Requirements, Step
-from mmalign.methods.text_to_image._online import (
-    Contrast,
-    Errors,
-    by_prompt,
-    errors_of,
-    online_contrasts,
-    online_requirements,
-    online_step,
-)
+from mmalign.methods.text_to_image import _online
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 
 
 def requirements(cfg: Config) -> Requirements:
     """Return the method's needs, with its old policy."""
-    return replace(online_requirements(cfg), old=cfg.old)
+    return replace(_online.requirements(cfg), old=cfg.old)
 
 
-def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[Contrast]:
+def contrasts(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Config, rng: KeyedRNG) -> list[_online.Contrast]:
     """Return contrasts of the images that the old policy generates."""
     with policy.as_old():
-        return online_contrasts(policy, batch, cfg, rng)
+        return _online.contrasts(policy, batch, cfg, rng)
 
 
-def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
+def loss(policy: Policy[TextToImage], contrast: _online.Contrast, cfg: Config) -> Step:
     """Return the loss of the errors of all images, and the difference to the reference."""
-    errors, share = errors_of(policy, contrast), contrast.advantages / cfg.advantages.clip
+    errors, share = _online.errors_of(policy, contrast), contrast.advantages / cfg.advantages.clip
     if cfg.weighting == "l1":
         losses = forward_process.weighted_nft(*_clean_errors(policy.family, contrast, errors), share, beta=cfg.beta)
     else:
         losses = forward_process.nft(errors.policy, errors.old, errors.shift, share, beta=cfg.beta)
-    return online_step(losses + cfg.kl * errors.drift.mean(1), errors, contrast)
+    return _online.step(losses + cfg.kl * errors.drift.mean(1), errors, contrast)
 
 
-def _clean_errors(family: TextToImage, contrast: Contrast, errors: Errors) -> tuple[Tensor, Tensor]:
+def _clean_errors(family: TextToImage, contrast: _online.Contrast, errors: _online.Errors) -> tuple[Tensor, Tensor]:
     """Return the errors of x_0 of the policy and of the old policy, element by element [B, K, D]."""
     view, number = contrast.view, len(contrast.weights)
     target, *predicted = (
         family.schedule.to_clean(answer.float(), view.x_t, view.t)
         for answer in (view.target, errors.prediction, errors.old_prediction)
     )
-    new, old = (by_prompt((clean - target).flatten(1), number) for clean in predicted)
+    new, old = (_online.by_prompt((clean - target).flatten(1), number) for clean in predicted)
     return new, old
