@@ -50,9 +50,8 @@ def build_packed_mask(tokens: Tokens, quirks: ModelQuirks) -> PackedPrefixMask:
     return _cached_mask(tuple(trees))
 
 
-@lru_cache(maxsize=16)  # masks of a batch: for policy and reference, with and without other images
-def _cached_mask(trees: tuple[PrefixGroup, ...]) -> PackedPrefixMask:
-    return PackedPrefixMask(trees)
+# Masks of a batch: for policy and reference, with and without other images
+_cached_mask = lru_cache(maxsize=16)(PackedPrefixMask)
 
 
 def packed_inputs(

@@ -73,7 +73,9 @@ def contrasts(policy: Policy[TextToImage], batch: EncodedPairs, cfg: Config, rng
         x_t = batch.precomputed["x_t"].transpose(0, 1).flatten(0, 1)
     else:
         x_t = invert_pairs(policy, batch, clean, cfg, rng)
-    view = to_noised(policy.family, clean, x_t)
+    # The implied noise, as the schedule's target
+    eps = inversion.implied_noise(policy.family.schedule, x_t, clean.x_0, clean.t)
+    view = NoisedPairs(x_t, clean.t, policy.family.schedule.target(clean.x_0, eps, clean.t), clean.cond)
     score = partial(denoising_scores, policy.family, view=view)
     return [Contrast(view, policy.on_reference(score) if cfg.uses_reference else None, batch.weights, batch.labels)]
 
@@ -113,9 +115,3 @@ def invert_pairs(
     x_t = run(policy.unwrapped) if cfg.inverter == "policy" else policy.on_reference(run)
     assert x_t is not None, "inpo needs a reference"
     return x_t
-
-
-def to_noised(family: TextToImage, clean: CleanPairs, x_t: Tensor) -> NoisedPairs:
-    """Return the networks' inputs at x_t, with the implied noise converted to the schedule's target."""
-    eps = inversion.implied_noise(family.schedule, x_t, clean.x_0, clean.t)
-    return NoisedPairs(x_t, clean.t, family.schedule.target(clean.x_0, eps, clean.t), clean.cond)
