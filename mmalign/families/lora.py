@@ -30,11 +30,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # the layers that diffusers' o
 
 
 def add_lora(
-    net: ModelMixin | PreTrainedModel,
-    settings: LoraSettings,
-    *,
-    within: str = "",
-    others: Sequence[str] = (),
+    net: ModelMixin | PreTrainedModel, settings: LoraSettings, *, within: str = "", others: Sequence[str] = ()
 ) -> None:
     """Add adapters to the linear layers whose names end in the targets; adapter weights are float32 masters.
 

@@ -149,10 +149,7 @@ class RatedImage:
 
 
 def render_side_by_side(
-    prompts: Sequence[str],
-    columns: Mapping[str, Sequence[RatedImage]],
-    title: str,
-    lines: Sequence[str],
+    prompts: Sequence[str], columns: Mapping[str, Sequence[RatedImage]], title: str, lines: Sequence[str]
 ) -> Image.Image:
     """Return a grid with a row for each of N prompts, and a column of N images for each model."""
 

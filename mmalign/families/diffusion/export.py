@@ -33,14 +33,7 @@ from mmalign.families.lora import (
     save_lora,
     save_peft,
 )
-from mmalign.families.stored import (
-    cast,
-    compare_weights,
-    copy_files,
-    restore_dtypes,
-    source_folder,
-    stored_dtypes,
-)
+from mmalign.families.stored import cast, compare_weights, copy_files, restore_dtypes, source_folder, stored_dtypes
 from mmalign.reading.weights import one_sentence, tensors_only
 
 if TYPE_CHECKING:

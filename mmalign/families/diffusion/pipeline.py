@@ -33,14 +33,7 @@ from mmalign.families.diffusion.samplers import sampler
 from mmalign.families.diffusion.single_file import load_single_file
 from mmalign.families.diffusion.sizes import check_size, denoiser_name, resolution, size_multiple
 from mmalign.families.editing import EDITORS, Editing, not_editing
-from mmalign.families.lora import (
-    ATTENTION,
-    adapter_layers,
-    add_lora,
-    all_linear,
-    make_trainable,
-    save_lora,
-)
+from mmalign.families.lora import ATTENTION, adapter_layers, add_lora, all_linear, make_trainable, save_lora
 from mmalign.families.types import Conditioning, Loading, LoraSettings, Moments, PromptInputs
 from mmalign.policy.sharding import ShardPlan
 from mmalign.reading.weights import every_tensor, intact, tensors_only, use_safetensors
@@ -265,11 +258,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
     if "SafetyChecker" in str(cls.__init__.__annotations__):
         options |= {"safety_checker": None, "requires_safety_checker": False}
     frozen = loading.half or torch.float32
-    dtypes = {
-        "default": frozen,
-        part: frozen if loading.network_half else torch.float32,
-        "vae": loading.vae_dtype,
-    }
+    dtypes = {"default": frozen, part: frozen if loading.network_half else torch.float32, "vae": loading.vae_dtype}
     if not loading.shapes_only:
         options["use_safetensors"] = use_safetensors(path, loading.allow_pickle)
     with intact("model.path", path, f"a {cls.__name__}"), tensors_only(loading.allow_pickle), every_tensor():

@@ -29,13 +29,7 @@ from mmalign.methods import Requirements, Step, reference_scores
 from mmalign.methods._pair_loss import pair_of
 from mmalign.methods._pair_memory import pair_requirements, present
 from mmalign.methods.vision_language._images import with_changed_images
-from mmalign.methods.vision_language._responses import (
-    PAIR,
-    Contrast,
-    losses_against,
-    response_scores,
-    response_step,
-)
+from mmalign.methods.vision_language._responses import PAIR, Contrast, losses_against, response_scores, response_step
 from mmalign.policy import Policy
 from mmalign.rng import KeyedRNG
 

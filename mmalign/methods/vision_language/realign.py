@@ -25,13 +25,7 @@ from mmalign.families.base import VisionLanguage
 from mmalign.language.tokens import Tokens
 from mmalign.methods import Requirements, Step, reference_scores
 from mmalign.methods._pair_memory import pair_requirements, present
-from mmalign.methods.vision_language._responses import (
-    PAIR,
-    Contrast,
-    losses_against,
-    response_scores,
-    response_step,
-)
+from mmalign.methods.vision_language._responses import PAIR, Contrast, losses_against, response_scores, response_step
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
