@@ -335,19 +335,12 @@ def test_sharded_runs_resume_bit_for_bit_and_export_a_whole_model(runs: Runs) ->
     assert configs[0] == configs[1]
 
 
-def test_sharded_processes_go_on_where_one_has_stopped(runs: Runs) -> None:
-    assert "resuming from checkpoint-00000001" in runs.record("grown sharded", 0)["lines"]
-    weights, gradients = runs.distance("one/full", "sharded/grown")
-    assert weights < WEIGHTS and gradients < GRADIENTS
-
-
-def test_two_processes_go_on_where_one_has_stopped(runs: Runs) -> None:
-    assert "resuming from checkpoint-00000001" in runs.record("grown", 0)["lines"]
-    weights, gradients = runs.distance("one/full", "two/grown")
-    assert weights < WEIGHTS and gradients < GRADIENTS
-
-
-def test_one_process_goes_on_where_sharded_ones_have_stopped(runs: Runs) -> None:
-    assert "resuming from checkpoint-00000001" in runs.record("shrunk", "one")["lines"]
-    weights, gradients = runs.distance("one/full", "one/shrunk")
+@pytest.mark.parametrize(
+    ("name", "rank", "output"),
+    [("grown sharded", 0, "sharded/grown"), ("grown", 0, "two/grown"), ("shrunk", "one", "one/shrunk")],
+    ids=["one, then sharded", "one, then two", "sharded, then one"],
+)
+def test_processes_go_on_where_another_number_has_stopped(runs: Runs, name: str, rank: int | str, output: str) -> None:
+    assert "resuming from checkpoint-00000001" in runs.record(name, rank)["lines"]
+    weights, gradients = runs.distance("one/full", output)
     assert weights < WEIGHTS and gradients < GRADIENTS
