@@ -9,10 +9,10 @@ L tokens of the packed row; R unpacked rows [prefix | branch], one for each bran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -255,18 +255,16 @@ class RangeGather:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Gather the ranges' tokens from x [B, L, ...]; return x itself if they are all tokens in order."""
-        return x if self.is_identity else _Gather.apply(x, self)
+        return x if self.is_identity else _Linear.apply(x, self._gather, self._scatter)
 
     def put(self, gathered: Tensor) -> Tensor:
         """Scatter gathered tokens back to [B, L, ...]: copies are added, and tokens that were not gathered are 0."""
-        return gathered if self.is_identity else _Scatter.apply(gathered, self)
+        return gathered if self.is_identity else _Linear.apply(gathered, self._scatter, self._gather)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Gather as a call does, without autograd."""
+    def _gather(self, x: Tensor) -> Tensor:
         return x.index_select(1, self.index)
 
-    def scatter(self, gathered: Tensor) -> Tensor:
-        """Scatter as `put` does, without autograd."""
+    def _scatter(self, gathered: Tensor) -> Tensor:
         # The first round writes, later ones add to tokens that occur again
         (tokens, places), *later_rounds = self.rounds
         shape = (gathered.shape[0], self.length, *gathered.shape[2:])
@@ -277,29 +275,14 @@ class RangeGather:
         return out
 
 
-class _Context(Protocol):
-    """PyTorch's context of a function, with the attribute that the backward pass reads."""
-
-    ranges: RangeGather
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Context, x: Tensor, ranges: RangeGather) -> Tensor:
-        ctx.ranges = ranges
-        return ranges.gather(x)
+class _Linear(torch.autograd.Function):
+    """Linear map of tensors, with the adjoint map as its backward pass."""
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranges.scatter(grad), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Context, gathered: Tensor, ranges: RangeGather) -> Tensor:
-        ctx.ranges = ranges
-        return ranges.scatter(gathered)
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.adjoint = adjoint
+        return run(x)
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranges.gather(grad), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.adjoint(grads[0]), None, None
