@@ -48,14 +48,7 @@ from mmalign.methods.vision_language._responses import PAIR, TOKEN, losses_again
 from mmalign.policy import Policy, Scores
 from mmalign.registry import user_function
 from mmalign.rng import KeyedRNG
-from mmalign.synthesis.bdhs import (
-    Completion,
-    GroundTruthAnswer,
-    ResponseSampler,
-    bdhs,
-    require_image_masking,
-    too_long_reason,
-)
+from mmalign.synthesis.bdhs import Completion, GroundTruthAnswer, ResponseSampler, bdhs, too_long_reason
 from mmalign.synthesis.sentence_cuts import WHOLE, contradicts
 from mmalign.synthesis.similarity import Similarity, is_fallback, load_similarity
 
@@ -179,7 +172,6 @@ def _offline(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Confi
 def _online(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Config, rng: KeyedRNG) -> Contrast:
     """Return the contrast of the pairs with the policy's current completions under a masked image."""
     # Completions of the answerable pairs
-    require_image_masking(policy.family)
     masking, similarity = cfg.online, _similarity(cfg.online.similarity)
     sampler = ResponseSampler(policy.family, policy.unwrapped, rng)
     answerable = _answerable(sampler, batch, masking.max_new_tokens, [True] * len(batch.rows), completing=True)
