@@ -55,20 +55,12 @@ class VlmJudge:
 
 
 def load(path: str, device: torch.device, cfg: Config) -> VlmJudge:
-    """Load the model.
-
-    Raises:
-        ValueError: there is no such model, or it is not supported.
-    """
+    """Load the model; errors are those of `load_asker`."""
     return VlmJudge(load_asker("vlm", path, device, cfg), cfg)
 
 
 def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudge:
-    """Load the model as a judge of responses.
-
-    Raises:
-        ValueError: there is no such model, or it is not supported.
-    """
+    """Load the model as a judge of responses; errors are those of `load_asker`."""
     asker = load_asker("vlm", path, device, cfg)
 
     def score(

@@ -119,20 +119,12 @@ def mean_log_odds(keys: Sequence[Hashable], log_odds: Callable[[Sequence[tuple[i
 
 
 def load(path: str, device: torch.device, cfg: Config) -> PairJudge:
-    """Load the model.
-
-    Raises:
-        ValueError: there is no such model, or it is not supported.
-    """
+    """Load the model; errors are those of `load_asker`."""
     return PairJudge(Comparer(load_asker("vlm_pairs", path, device, cfg), cfg))
 
 
 def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudge:
-    """Load the model as a judge of responses.
-
-    Raises:
-        ValueError: there is no such model, or it is not supported.
-    """
+    """Load the model as a judge of responses; errors are those of `load_asker`."""
     comparer = Comparer(load_asker("vlm_pairs", path, device, cfg), cfg)
 
     def score(

@@ -28,11 +28,7 @@ class QwenImageEdit(QwenImage):
     """Adapter of a QwenImageEditPipeline."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Refuse prompts alone.
-
-        Raises:
-            ValueError: always; the text encoder needs a source image.
-        """
+        """Refuse prompts alone: the text encoder needs a source image."""
         raise ValueError(
             f"{self.name} is a {type(self.pipeline).__name__}, which edits a source image, and there is none; name its "
             "column with data.columns, such as {source: input_image}"
