@@ -12,6 +12,8 @@ from mmalign.config.losses import LossConfig
 class UnpairedLossConfig(LossConfig):
     """Loss of gains and labels; the fields besides `name` are settings of its baseline."""
 
+    module = "mmalign.losses.unpaired"
+
     @property
     def arguments(self) -> dict[str, Any]:
         """No hyper-parameters; the methods read the baseline."""
@@ -35,8 +37,6 @@ class UnpairedLossConfig(LossConfig):
 class KTOLossConfig(UnpairedLossConfig):
     """Kahneman-Tversky optimization."""
 
-    function = "mmalign.losses.unpaired:kto"
-
     name: Literal["kto"] = "kto"
     decay: float = Field(0.99, ge=0, lt=1, description="decay of the baseline, a moving average of the mean gain")
 
@@ -52,8 +52,6 @@ class KTOLossConfig(UnpairedLossConfig):
 class BCOLossConfig(UnpairedLossConfig):
     """Binary classifier optimization; the baseline is the mean gain of all updates."""
 
-    function = "mmalign.losses.unpaired:bco"
-
     name: Literal["bco"] = "bco"
 
     def next_average(self, average: float, updates: int, gain: float) -> float:
@@ -63,8 +61,6 @@ class BCOLossConfig(UnpairedLossConfig):
 
 class APOZeroUnpairedLossConfig(UnpairedLossConfig):
     """Anchored preference optimization of single outputs; it has no baseline."""
-
-    function = "mmalign.losses.unpaired:apo_zero_unpaired"
 
     name: Literal["apo_zero_unpaired"] = "apo_zero_unpaired"
 
@@ -76,21 +72,18 @@ class GroupLossConfig(LossConfig):
         of_responses: the loss takes mean log-probabilities of responses, without a reference.
     """
 
+    module = "mmalign.losses.groups"
     of_responses: ClassVar[bool] = False
 
 
 class PlackettLuceLossConfig(GroupLossConfig):
     """Likelihood of the whole ranking."""
 
-    function = "mmalign.losses.groups:plackett_luce"
-
     name: Literal["plackett_luce"] = "plackett_luce"
 
 
 class LambdaRankLossConfig(GroupLossConfig):
     """Pair losses, weighted by their effect on the ranking."""
-
-    function = "mmalign.losses.groups:lambda_rank"
 
     name: Literal["lambda_rank"] = "lambda_rank"
     ranks: Literal["policy", "reward"] = Field("policy", description="ranking whose discounts weigh the pairs")
@@ -100,16 +93,12 @@ class LambdaRankLossConfig(GroupLossConfig):
 class InfoNCALossConfig(GroupLossConfig):
     """Cross-entropy to the softmax of the scores."""
 
-    function = "mmalign.losses.groups:info_nca"
-
     name: Literal["info_nca"] = "info_nca"
     alpha: float = Field(1.0, gt=0, description="temperature of the scores")
 
 
 class GroupNCALossConfig(GroupLossConfig):
     """Noise contrastive alignment with scores."""
-
-    function = "mmalign.losses.groups:nca"
 
     name: Literal["nca"] = "nca"
     alpha: float = Field(1.0, gt=0, description="temperature of the scores")
@@ -118,15 +107,11 @@ class GroupNCALossConfig(GroupLossConfig):
 class CoPGLossConfig(GroupLossConfig):
     """Regression of centred gains to centred scores."""
 
-    function = "mmalign.losses.groups:copg"
-
     name: Literal["copg"] = "copg"
 
 
 class D2OLossConfig(GroupLossConfig):
     """Worst output against the mean of the others."""
-
-    function = "mmalign.losses.groups:d2o"
 
     name: Literal["d2o"] = "d2o"
     alpha: float = Field(1.0, ge=0, description="weight of the worst output")
@@ -135,7 +120,6 @@ class D2OLossConfig(GroupLossConfig):
 class PROLossConfig(GroupLossConfig):
     """Preference ranking optimization, without a reference."""
 
-    function = "mmalign.losses.groups:pro"
     of_responses = True
 
     name: Literal["pro"] = "pro"
@@ -145,7 +129,6 @@ class PROLossConfig(GroupLossConfig):
 class RRHFLossConfig(GroupLossConfig):
     """Hinge of every two responses in the wrong order, without a reference."""
 
-    function = "mmalign.losses.groups:rrhf"
     of_responses = True
 
     name: Literal["rrhf"] = "rrhf"

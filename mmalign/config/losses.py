@@ -20,12 +20,25 @@ class LossConfig(Section):
     """Loss with its hyper-parameters: the fields besides `name` are keyword arguments of the function.
 
     Attributes:
-        function: the function, as "module:function".
+        module: the module with the functions of the kind's losses, by name.
+        function: the function of a loss from outside, as "module:function".
     """
 
-    function: ClassVar[str]
+    module: ClassVar[str]
+    function: ClassVar[str] = ""
 
     name: str
+
+    @property
+    def location(self) -> str:
+        """Function, as "module:function".
+
+        Raises:
+            ValueError: a loss from outside names none.
+        """
+        if not self.function and is_outside(self.name):
+            raise ValueError(f"method.loss: {self.name} names no function; set function = 'module:function' in it")
+        return self.function or f"{self.module}:{self.name}"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -43,6 +56,7 @@ class PairLossConfig(LossConfig):
         reads_preference: the function takes the preference of a pair's label; other losses are mixed by it.
     """
 
+    module = "mmalign.losses.pairwise"
     score: ClassVar[Score] = "sum"
     reference: ClassVar[bool] = True
     responses_only: ClassVar[str] = ""
@@ -57,8 +71,6 @@ class PairLossConfig(LossConfig):
 class DPOLossConfig(PairLossConfig):
     """Direct preference optimization: prefer the chosen side by more than the reference does."""
 
-    function = "mmalign.losses.pairwise:dpo"
-
     name: Literal["dpo"] = "dpo"
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed fraction of swapped labels")
 
@@ -66,7 +78,6 @@ class DPOLossConfig(PairLossConfig):
 class IPOLossConfig(PairLossConfig):
     """Identity preference optimization: regression to a target margin, so that no margin grows without end."""
 
-    function = "mmalign.losses.pairwise:ipo"
     score = "mean"
 
     name: Literal["ipo"] = "ipo"
@@ -75,15 +86,11 @@ class IPOLossConfig(PairLossConfig):
 class HingeLossConfig(PairLossConfig):
     """Hinge of SLiC and RSO: no gradient for pairs whose logit exceeds 1."""
 
-    function = "mmalign.losses.pairwise:hinge"
-
     name: Literal["hinge"] = "hinge"
 
 
 class RobustLossConfig(PairLossConfig):
     """Robust DPO: unbiased if a known fraction of the labels is swapped."""
-
-    function = "mmalign.losses.pairwise:robust"
 
     name: Literal["robust"] = "robust"
     flip_rate: float = Field(0.0, ge=0, lt=0.5, description="fraction of swapped labels")
@@ -92,8 +99,6 @@ class RobustLossConfig(PairLossConfig):
 class EXOLossConfig(PairLossConfig):
     """Efficient exact optimization: reverse KL to the smoothed label, which seeks its mode."""
 
-    function = "mmalign.losses.pairwise:exo"
-
     name: Literal["exo"] = "exo"
     label_smoothing: float = Field(0.001, gt=0, lt=0.5, description="smoothing of the label, above 0")
 
@@ -101,15 +106,11 @@ class EXOLossConfig(PairLossConfig):
 class NCALossConfig(PairLossConfig):
     """Noise contrastive alignment: keeps the chosen side from losing likelihood."""
 
-    function = "mmalign.losses.pairwise:nca"
-
     name: Literal["nca"] = "nca"
 
 
 class BCOPairLossConfig(PairLossConfig):
     """Binary classification of each side by its own gain; part of MPO."""
-
-    function = "mmalign.losses.pairwise:bco_pair"
 
     name: Literal["bco_pair"] = "bco_pair"
 
@@ -117,15 +118,11 @@ class BCOPairLossConfig(PairLossConfig):
 class APOZeroLossConfig(PairLossConfig):
     """Anchored preference for chosen sides better than the model's outputs: the chosen side gains."""
 
-    function = "mmalign.losses.pairwise:apo_zero"
-
     name: Literal["apo_zero"] = "apo_zero"
 
 
 class APODownLossConfig(PairLossConfig):
     """Anchored preference for chosen sides worse than the model's outputs: both sides lose."""
-
-    function = "mmalign.losses.pairwise:apo_down"
 
     name: Literal["apo_down"] = "apo_down"
 
@@ -133,7 +130,6 @@ class APODownLossConfig(PairLossConfig):
 class SPPOLossConfig(PairLossConfig):
     """Self-play preference: regression of each side's gain on its win rate, the label's preference."""
 
-    function = "mmalign.losses.pairwise:sppo"
     reads_preference = True
 
     name: Literal["sppo"] = "sppo"
@@ -142,15 +138,11 @@ class SPPOLossConfig(PairLossConfig):
 class SPPOHardLossConfig(PairLossConfig):
     """Self-play preference with win rates of 1 and 0."""
 
-    function = "mmalign.losses.pairwise:sppo_hard"
-
     name: Literal["sppo_hard"] = "sppo_hard"
 
 
 class DiscoPOPLossConfig(PairLossConfig):
     """Discovered mix of a logistic and an exponential loss."""
-
-    function = "mmalign.losses.pairwise:discopop"
 
     name: Literal["discopop"] = "discopop"
     temperature: float = Field(0.05, gt=0, description="temperature of the mixing gate, in units of the logit")
@@ -159,16 +151,12 @@ class DiscoPOPLossConfig(PairLossConfig):
 class DPOPLossConfig(PairLossConfig):
     """DPO-Positive: punishes a chosen side that falls below the reference."""
 
-    function = "mmalign.losses.pairwise:dpop"
-
     name: Literal["dpop"] = "dpop"
     penalty: float = Field(50.0, ge=0, description="weight of the chosen side's lost likelihood; lambda in the paper")
 
 
 class AnchorLossConfig(PairLossConfig):
     """mDPO's anchor, a part of sums: the chosen side has to gain."""
-
-    function = "mmalign.losses.pairwise:anchor"
 
     name: Literal["anchor"] = "anchor"
     delta: float = Field(0.0, description="required gain of the chosen side, in units of the logit")
@@ -177,7 +165,6 @@ class AnchorLossConfig(PairLossConfig):
 class SLiCLossConfig(PairLossConfig):
     """Ranking loss of SLiC-HF, without a reference and without beta."""
 
-    function = "mmalign.losses.pairwise:slic"
     reference = False
 
     name: Literal["slic"] = "slic"
@@ -187,7 +174,6 @@ class SLiCLossConfig(PairLossConfig):
 class SimPOLossConfig(PairLossConfig):
     """Target margin on mean scores, without a reference."""
 
-    function = "mmalign.losses.pairwise:simpo"
     score = "mean"
     reference = False
 
@@ -198,7 +184,6 @@ class SimPOLossConfig(PairLossConfig):
 class CPOLossConfig(PairLossConfig):
     """DPO without a reference, plus the chosen side's own loss."""
 
-    function = "mmalign.losses.pairwise:cpo"
     reference = False
 
     name: Literal["cpo"] = "cpo"
@@ -218,7 +203,6 @@ class CPOLossConfig(PairLossConfig):
 class ORPOLossConfig(PairLossConfig):
     """Likelihood of the chosen response plus a ratio of odds weighted by beta, without a reference."""
 
-    function = "mmalign.losses.pairwise:orpo"
     score = "mean"
     reference = False
     responses_only = "it compares odds of probabilities, and a denoising score is not a log-probability"

@@ -25,7 +25,7 @@ SATURATED = 7.0  # size of a logit beyond which the loss has a thousandth of its
 @lru_cache(maxsize=64)  # one function for all batches of a run, unless it learns beta
 def bound_loss(config: LossConfig, beta: float) -> Callable[..., Tensor]:
     """Return the function of a loss of pairs, thumbs or lists, with its hyper-parameters bound."""
-    function = import_callable("method.loss", config.function)
+    function = import_callable("method.loss", config.location)
     return partial(function, beta=beta, **config.arguments)
 
 

@@ -18,7 +18,7 @@ every_loss = pytest.mark.parametrize("config", LOSSES.values(), ids=LOSSES)
 
 @every_loss
 def test_a_config_has_the_keyword_arguments_of_its_function(config: type[PairLossConfig]) -> None:
-    function = import_callable("method.loss", config.function)
+    function = import_callable("method.loss", config().location)
     arguments = inspect.signature(function).parameters.values()
     keywords = [argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY]
     assert keywords == ["beta", *config().arguments, *(["preference"] if config.reads_preference else [])]
@@ -38,3 +38,8 @@ def test_a_loss_is_bound_once_with_its_hyper_parameters() -> None:
     policy, reference = Pair(torch.tensor([0.5]), torch.tensor([0.2])), Pair(torch.tensor([0.4]), torch.tensor([0.3]))
     smoothed = bound_loss(DPOLossConfig(label_smoothing=0.1), 5.0)(policy, reference)
     assert torch.equal(smoothed, pairwise.dpo(policy, reference, beta=5.0, label_smoothing=0.1))
+
+
+def test_a_loss_from_outside_without_a_function_is_refused() -> None:
+    with pytest.raises(ValueError, match="my_losses:Offset names no function"):
+        bound_loss(PairLossConfig(name="my_losses:Offset"), 1.0)
