@@ -83,16 +83,12 @@ class Model(Section):
         return "path", self.path
 
     @model_validator(mode="after")
-    def _continues(self) -> Model:
+    def _fits_its_adapter(self) -> Model:
         if self.adapter is not None and self.adapter.use == "continue":
             if self.tune != "lora":
                 raise ValueError("adapter.use: continue trains an adapter, got tune full; use merge, or tune: lora")
             if self.lora != Lora():
                 raise ValueError("lora: the adapter to continue has its own rank, alpha and layers; leave lora out")
-        return self
-
-    @model_validator(mode="after")
-    def _quantizes_adapters_alone(self) -> Model:
         if self.quantize is not None and self.tune == "full":
             raise ValueError(
                 f"quantize: {self.quantize} holds weights that no update can change, and tune: full changes all; use "
@@ -199,17 +195,13 @@ class ImageJudgeModel(Model):
     )
 
     @model_validator(mode="after")
-    def _keeps_the_judge(self) -> ImageJudgeModel:
+    def _takes(self) -> ImageJudgeModel:
         given = list(self.model_dump(include={"head", "weights", "attributes", "lora"}, exclude_defaults=True))
         if self.tune == "annotators" and given:
             raise ValueError(
                 f"{given[0]}: tune: annotators keeps all that the judge has, and trains the shares of new annotators "
                 f"alone; leave {given[0]} out"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _takes(self) -> ImageJudgeModel:
         if self.head is not None and (self.tune, self.weights) != ("full", "pretrained"):
             raise ValueError(
                 "head: linear trains the last layers of pretrained towers; leave out head, or tune and weights"

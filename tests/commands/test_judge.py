@@ -12,7 +12,7 @@ from PIL import Image
 
 import mmalign
 from mmalign.commands.load_recipe import load_recipe
-from mmalign.config.methods.text_to_image import BradleyTerryConfig
+from mmalign.config.methods.judges import BradleyTerryConfig
 from mmalign.methods import requirements_of
 from mmalign.modalities import modality_of
 from mmalign.rewards import load_reward_model

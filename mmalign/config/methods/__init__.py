@@ -2,84 +2,35 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from mmalign.config.base import MethodConfig
+from mmalign.config.methods import judges, online_images, online_responses, text_to_image, vision_language
 from mmalign.config.methods.kinds import ThumbsMethodConfig
-from mmalign.config.methods.online_images import (
-    AWMConfig,
-    CRDConfig,
-    DGPOConfig,
-    DiffusionOnlineDPOConfig,
-    FlowGRPOConfig,
-    NFTConfig,
-)
-from mmalign.config.methods.online_responses import GRPOConfig, OnlineDPOConfig, RAFTConfig
-from mmalign.config.methods.text_to_image import (
-    BradleyTerryConfig,
-    CCAConfig,
-    DiffusionDPOConfig,
-    DiffusionKTOConfig,
-    ImageListConfig,
-    InPOConfig,
-    InstructEngineConfig,
-    MaPOConfig,
-    SFTConfig,
-    SPOConfig,
-    StepPreferenceConfig,
-)
-from mmalign.config.methods.vision_language import (
-    BDHSMethodConfig,
-    DPOConfig,
-    KTOConfig,
-    LiPOConfig,
-    MDPOConfig,
-    POVIDConfig,
-    ReAlignConfig,
-    ResponseSFTConfig,
-    RLHFVConfig,
-)
 from mmalign.registry import check_known, import_class, is_outside
 
-# The methods of each modality.
+
+def _methods_in(*modules: ModuleType) -> tuple[type[MethodConfig], ...]:
+    """Return the configurations with a name that modules define, sorted."""
+    classes = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
+    configs = [kind for kind in classes if issubclass(kind, MethodConfig) and _name(kind)]
+    return tuple(sorted(configs, key=lambda config: config.__name__.lower()))
+
+
+def _name(config: type[MethodConfig]) -> str:
+    """Return the name of a configuration's method; empty for a base class."""
+    name = config.model_fields["name"].default
+    return name if isinstance(name, str) else ""
+
+
+# The methods of each modality
 METHODS: dict[str, tuple[type[MethodConfig], ...]] = {
-    "text_to_image": (
-        AWMConfig,
-        CCAConfig,
-        CRDConfig,
-        DGPOConfig,
-        DiffusionDPOConfig,
-        DiffusionKTOConfig,
-        DiffusionOnlineDPOConfig,
-        FlowGRPOConfig,
-        ImageListConfig,
-        InPOConfig,
-        InstructEngineConfig,
-        MaPOConfig,
-        NFTConfig,
-        SFTConfig,
-        SPOConfig,
-    ),
-    "step_judge": (StepPreferenceConfig,),
-    "image_judge": (BradleyTerryConfig,),
-    "vision_language": (
-        BDHSMethodConfig,
-        DPOConfig,
-        GRPOConfig,
-        KTOConfig,
-        LiPOConfig,
-        MDPOConfig,
-        OnlineDPOConfig,
-        POVIDConfig,
-        RAFTConfig,
-        ReAlignConfig,
-        ResponseSFTConfig,
-        RLHFVConfig,
-    ),
+    "text_to_image": _methods_in(text_to_image, online_images),
+    "step_judge": (judges.StepPreferenceConfig,),
+    "image_judge": (judges.BradleyTerryConfig,),
+    "vision_language": _methods_in(vision_language, online_responses),
 }
-_BY_NAME = {
-    config.model_fields["name"].default: (modality, config)
-    for modality, configs in METHODS.items()
-    for config in configs
-}
+_BY_NAME = {_name(config): (modality, config) for modality, configs in METHODS.items() for config in configs}
 
 
 def find_method(name: str) -> tuple[str, type[MethodConfig]]:

@@ -28,10 +28,7 @@ class GenerationConfig(ImagesConfig):
     """Images that are learned from several times, under new noise."""
 
     eta: float | None = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="noise of a sampler's step: 0 is DDIM or Euler; null is 1, or 0.7 for flow models",
+        0.0, ge=0, le=1, description="noise of a sampler's step: 0 is DDIM or Euler; null is 1, or 0.7 for flow models"
     )
     noisings: int = Field(
         4, ge=1, description="times that every image is noised and learned from, by later updates; ours (AWM: 6)"

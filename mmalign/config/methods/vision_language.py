@@ -25,8 +25,7 @@ class MixedConfig(DecodingConfig):
         "first is better",
     )
     reward: Rewards | None = Field(
-        None,
-        description="judge of responses in place of the annotator, or a list of several",
+        None, description="judge of responses in place of the annotator, or a list of several"
     )
     combine: Combine = "sum"
     vocabulary: str = Field("refined", description="rules: refined or published (MSCOCO), crowds, or a JSON file")
@@ -182,8 +181,7 @@ class RLHFVConfig(ResponseMethodConfig):
         0.5, gt=0, description="one over the unit of the scores: nats of a token, or with sums of a response"
     )
     score: Literal["auto", "sum", "mean"] = Field(
-        "mean",
-        description="weighted sum of log-probabilities, or this divided by the weights; sum as in the release",
+        "mean", description="weighted sum of log-probabilities, or this divided by the weights; sum as in the release"
     )
     gamma: float = Field(5.0, gt=0, description="weight of a changed token; 1 is DPO on means")
     min_block: int = Field(3, ge=1, description="tokens; shorter runs of equal tokens are treated as changed")

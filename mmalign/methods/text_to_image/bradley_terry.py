@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmalign.config.methods.text_to_image import BradleyTerryConfig as Config
+from mmalign.config.methods.judges import BradleyTerryConfig as Config
 from mmalign.data.loaders.batches import JudgedImages
 from mmalign.families.image_judge import ImageJudge
 from mmalign.losses.groups import Group, order_accuracy, pick, plackett_luce

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmalign.config.methods.text_to_image import StepPreferenceConfig as Config
+from mmalign.config.methods.judges import StepPreferenceConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
 from mmalign.diffusion.steps import any_time, timestep
 from mmalign.families.diffusion.pipeline import to_pil
