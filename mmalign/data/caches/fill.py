@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from mmalign.console import tracked
 from mmalign.data.caches.array_cache import ArrayCache
@@ -18,18 +19,14 @@ SHARD_BYTES = 2**26
 
 Items = Mapping[str, Mapping[str, Tensor]]  # tensors by key and field
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 
 def fill(cache: ArrayCache, steps: Iterable[Items], total: int, description: str, accelerator: Accelerator) -> None:
-    """Store the items of this process's steps, then wait for the other processes and index their items.
+    """Store the items of this process's steps, `total` in number, then wait for the others and index their items.
 
     A step may have no items. Its items go to one shard, so a stopped run resumes with a whole step.
-
-    Args:
-        cache: the cache to fill.
-        steps: the items that each step has computed.
-        total: number of steps, for the progress.
-        description: text of the progress.
-        accelerator: the accelerator, whose processes fill the cache together.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier shards stay.
@@ -52,6 +49,26 @@ def fill(cache: ArrayCache, steps: Iterable[Items], total: int, description: str
 
 def _fields(items: Items) -> set[str]:
     return set(next(iter(items.values())))
+
+
+def in_workers(read: Callable[[T], R], items: Sequence[T], num_workers: int) -> Iterator[R]:
+    """Yield what `read` returns for each item, in order; other processes read ahead, or this one does for 0."""
+    # A generator of its own: otherwise the loader would advance the global one
+    generator = Generator().manual_seed(0)
+    yield from DataLoader(_Read(read, items), batch_size=None, num_workers=num_workers, generator=generator)
+
+
+class _Read(Dataset[R], Generic[T, R]):
+    """Dataset of what a function returns for items."""
+
+    def __init__(self, read: Callable[[T], R], items: Sequence[T]) -> None:
+        self.read, self.items = read, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> R:
+        return self.read(self.items[number])
 
 
 def num_bytes(items: Items) -> int:

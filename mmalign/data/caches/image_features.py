@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Generator
-from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache
-from mmalign.data.caches.fill import Items, fill, num_bytes
+from mmalign.data.caches.fill import Items, fill, in_workers, num_bytes
 from mmalign.data.images import decode
 from mmalign.data.pairs import ImageRef
 from mmalign.families.base import PromptProcessor, VisionLanguage
@@ -36,7 +35,7 @@ def feature_dependencies(family: VisionLanguage) -> dict[str, str | int | float]
     return {
         **{name: fingerprint.fingerprint_network(net) for name, net in parts},
         "config": fingerprint.fingerprint_config(family.network),
-        "processor": fingerprint.fingerprint_files(reader, template=False),
+        "processor": fingerprint.fingerprint_files(reader.processor, template=False),
         "run": "; ".join(sorted({backend_name(net) for _, net in parts})),
         "autocast": str(family.half),
     }
@@ -44,16 +43,13 @@ def feature_dependencies(family: VisionLanguage) -> dict[str, str | int | float]
 
 def tokenizer_dependencies(family: VisionLanguage) -> dict[str, str | int | float]:
     """Return everything that text tokens depend on."""
-    arguments = sorted(_prompt_processor(family).template_arguments.items())
-    return {"words": fingerprint.fingerprint_files(_processor(family)), "template_arguments": str(arguments)}
+    reader = _processor(family)
+    arguments = sorted(reader.template_arguments.items())
+    return {"words": fingerprint.fingerprint_files(reader.processor), "template_arguments": str(arguments)}
 
 
 def _processor(family: Any) -> Any:
-    """Return the transformers processor inside a family's prompt processor."""
-    return _prompt_processor(family).processor
-
-
-def _prompt_processor(family: Any) -> Any:
+    """Return a family's prompt processor, which has a processor of transformers."""
     return family.processor
 
 
@@ -94,32 +90,17 @@ def fill_features(
 
 def _encode(family: VisionLanguage, images: Sequence[ImageRef], num_workers: int) -> Iterator[Items]:
     """Yield the features and placeholder tokens of each image, or nothing for an unusable one."""
-    loader: Iterable[tuple[str, ImageView | None]] = DataLoader(
-        _Views(images, family.processor),
-        batch_size=None,
-        num_workers=num_workers,
-        generator=Generator().manual_seed(0),
-    )
-    for key, view in loader:
+    for ref, view in zip(images, in_workers(partial(_view, family.processor), images, num_workers), strict=True):
         if view is None:
             yield {}
             continue
-        (features,) = family.features_as_tensors(family.encode_images({key: view})).values()
-        yield {key: {IDS: torch.tensor(view.ids), **{name: x.cpu() for name, x in features.items()}}}
+        (features,) = family.features_as_tensors(family.encode_images({ref.key: view})).values()
+        yield {ref.key: {IDS: torch.tensor(view.ids), **{name: x.cpu() for name, x in features.items()}}}
 
 
-class _Views(Dataset[tuple[str, ImageView | None]]):
-    """Dataset of (key, view) of images; the view of an unusable image is None."""
-
-    def __init__(self, images: Sequence[ImageRef], processor: PromptProcessor) -> None:
-        self.images, self.processor = images, processor
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, number: int) -> tuple[str, ImageView | None]:
-        ref = self.images[number]
-        try:
-            return ref.key, self.processor.preprocess_image(decode(ref))
-        except ValueError:  # unreadable, or of a shape that the processor refuses
-            return ref.key, None
+def _view(processor: PromptProcessor, ref: ImageRef) -> ImageView | None:
+    """Return an image's view, or None for an unusable image."""
+    try:
+        return processor.preprocess_image(decode(ref))
+    except ValueError:  # unreadable, or of a shape that the processor refuses
+        return None

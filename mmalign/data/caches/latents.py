@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from PIL import Image
-from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from mmalign.config import ImageSize
 from mmalign.data.caches.array_cache import ArrayCache
-from mmalign.data.caches.fill import Items
+from mmalign.data.caches.fill import Items, in_workers
 from mmalign.data.images import BadImage, ImageTransform, decode, image_key, prepare
 from mmalign.data.loaders.encoder import encode_images, encode_prompts, text_key
 from mmalign.data.pairs import ImagePair, ImageRef, Pairs, SkippedRow
@@ -124,30 +124,15 @@ class ImageViews:
     def read(
         self, cache: ArrayCache, images: Sequence[ImageNumber], *, num_workers: int = 0
     ) -> Iterator[Views | SkippedRow]:
-        """Yield each image's views that the cache lacks, or a SkippedRow for an unreadable image."""
-        loader: Iterable[Views | SkippedRow] = DataLoader(
-            _Images(self, cache),
-            sampler=images,
-            batch_size=None,
-            num_workers=num_workers,
-            generator=Generator().manual_seed(0),
-        )
-        yield from loader
+        """Return for each image its views that the cache lacks, or a SkippedRow for an unreadable image."""
+        return in_workers(partial(self._read, cache), images, num_workers)
 
-
-class _Images(Dataset[Views | SkippedRow]):
-    """Dataset that maps an image to its views that the cache lacks."""
-
-    def __init__(self, views: ImageViews, cache: ArrayCache) -> None:
-        self.views, self.cache = views, cache
-
-    def __getitem__(self, image: ImageNumber) -> Views | SkippedRow:
-        number, side = image
-        pair = self.views.pairs[number]
-        ref = pair.images[side]
+    def _read(self, cache: ArrayCache, image: ImageNumber) -> Views | SkippedRow:
+        pair = self.pairs[image[0]]
+        ref = pair.images[image[1]]
         try:
             decoded = decode(ref)
         except BadImage as error:
             return error.skipped
-        size, mirrors, pad = self.views.shapes.of(pair), self.views.keys(pair, ref), self.views.transform.pad
-        return {key: prepare(decoded, size, mirror=mirrors[key], pad=pad) for key in self.cache.missing(mirrors)}
+        size, mirrors, pad = self.shapes.of(pair), self.keys(pair, ref), self.transform.pad
+        return {key: prepare(decoded, size, mirror=mirrors[key], pad=pad) for key in cache.missing(mirrors)}

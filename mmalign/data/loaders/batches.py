@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -20,6 +21,8 @@ from mmalign.families.types import Conditioning, ImageFeatures, ImageView, Momen
 from mmalign.language.tokens import Tokens
 from mmalign.losses.wrappers import Labels
 from mmalign.rewards import ResponseJudge, RewardModel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,11 @@ def collate_labels(pairs: Sequence[ImagePair] | Sequence[ResponsePair]) -> Label
         return None
     preference, margin, weight = torch.tensor([label[:3] for label in labels]).unbind(1)
     return Labels(preference, margin, weight, [label.annotator for label in labels])
+
+
+def by_side(rows: Sequence[Sequence[T]]) -> list[T]:
+    """Return the outputs of rows [KB]: the first ones, then the second ones; a row with fewer repeats its first."""
+    return [row[side if side < len(row) else 0] for side in range(max(map(len, rows))) for row in rows]
 
 
 def pad_scores(scores: Sequence[Tensor]) -> Tensor:

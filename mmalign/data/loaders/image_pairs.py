@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.images import BadImage, ImageTransform, decode, image_key, is_flipped, prepare_pair
-from mmalign.data.loaders.batches import collate_labels, pad_scores
+from mmalign.data.loaders.batches import by_side, collate_labels, pad_scores
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.pairs import ImagePair, SkippedRow, pair_key
 from mmalign.data.shapes import Shapes
@@ -163,15 +163,9 @@ class ImagePairReader:
 
     def collate(self, pairs: Sequence[ImagePair], examples: Sequence[ImageExample], weights: Tensor) -> ImagePairBatch:
         """Return the batch of these rows, their first images first."""
-        # [KB, ...]: first the first image of every row, then the second; a row with fewer images repeats its first
-        scores = pad_scores([example[SCORES] for example in examples])
+        # Fields of the judged images [KB, ...], without the source behind them
         arrays = {
-            field: torch.cat(
-                [
-                    torch.stack([x[field][side if side < len(x[SCORES]) else 0] for x in examples])
-                    for side in range(scores.shape[1])
-                ]
-            )
+            field: torch.stack(by_side([x[field][: len(x[SCORES])].unbind() for x in examples]))
             for field in examples[0].keys() - {SCORES, MIRRORED}
         }
         # Pixels of decoded images, or fields of cached ones
@@ -185,7 +179,7 @@ class ImagePairReader:
             arrays=arrays if pixels is None else None,
             sizes=sizes,
             weights=weights,
-            scores=scores,
+            scores=pad_scores([example[SCORES] for example in examples]),
             sources=self._sources(pairs, examples) if MIRRORED in examples[0] else None,
             labels=collate_labels(pairs),
         )

@@ -6,19 +6,19 @@ repeats its first one. S is the side of the judge's input image, D the width of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from PIL.Image import Image
-from torch import Generator, Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
 from mmalign.data.caches.array_cache import ArrayCache
-from mmalign.data.caches.fill import Items
+from mmalign.data.caches.fill import Items, in_workers
 from mmalign.data.images import BadImage, decode
-from mmalign.data.loaders.batches import JudgedImages, collate_labels, pad_scores
+from mmalign.data.loaders.batches import JudgedImages, by_side, collate_labels, pad_scores
 from mmalign.data.loaders.image_pairs import SAME_SIDES
 from mmalign.data.pairs import ImagePair, ImageRef, SkippedRow
 
@@ -75,17 +75,17 @@ class JudgedImageReader:
 
     def collate(self, pairs: Sequence[ImagePair], examples: Sequence[JudgedExample], weights: Tensor) -> JudgedImages:
         """Return the batch of these rows."""
-        # First the first image of every row, then the second; a row with fewer images repeats its first
-        scores = pad_scores([example.scores for example in examples])
-        sides = [
-            torch.stack([x.images[side if side < len(x.images) else 0] for x in examples])
-            for side in range(scores.shape[1])
-        ]
-        rows, prompts = [pair.row for pair in pairs], [pair.prompt for pair in pairs]
-        # Those of the examples: a skipped row, with another's images, may have more of its own
+        # Ratings of the examples: a skipped row, with another's images, may have more of its own
         ratings = [example.ratings for example in examples if example.ratings is not None]
-        rated = pad_scores(ratings) if ratings else None
-        return JudgedImages(rows, prompts, torch.cat(sides), weights, scores, collate_labels(pairs), rated)
+        return JudgedImages(
+            [pair.row for pair in pairs],
+            [pair.prompt for pair in pairs],
+            torch.stack(by_side([example.images.unbind() for example in examples])),
+            weights,
+            pad_scores([example.scores for example in examples]),
+            collate_labels(pairs),
+            pad_scores(ratings) if ratings else None,
+        )
 
 
 def encode_features(
@@ -93,33 +93,15 @@ def encode_features(
 ) -> Iterator[Items]:
     """Yield the features of each image by its key, or nothing for an unreadable one.
 
-    Args:
-        images: the images.
-        preprocess: the judge's preprocessing.
-        encode: a function from preprocessed images [1, 3, S, S] to features [1, D].
-        num_workers: number of processes that read; 0 reads in this one.
+    `encode` maps preprocessed images [1, 3, S, S] to features [1, D].
     """
-    loader: Iterable[Tensor | None] = DataLoader(
-        _Preprocessed(images, preprocess),
-        batch_size=None,
-        num_workers=num_workers,
-        generator=Generator().manual_seed(0),
-    )
-    for ref, pixels in zip(images, loader, strict=True):
+    for ref, pixels in zip(images, in_workers(partial(_preprocessed, preprocess), images, num_workers), strict=True):
         yield {} if pixels is None else {ref.key: {FEATURES: encode(pixels[None])[0].cpu()}}
 
 
-class _Preprocessed(Dataset[Tensor | None]):
-    """Dataset of preprocessed images; None stands for an unreadable one."""
-
-    def __init__(self, images: Sequence[ImageRef], preprocess: Preprocess) -> None:
-        self.images, self.preprocess = images, preprocess
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, number: int) -> Tensor | None:
-        try:
-            return self.preprocess(decode(self.images[number]))
-        except BadImage:
-            return None
+def _preprocessed(preprocess: Preprocess, ref: ImageRef) -> Tensor | None:
+    """Return a preprocessed image, or None for an unreadable one."""
+    try:
+        return preprocess(decode(ref))
+    except BadImage:
+        return None

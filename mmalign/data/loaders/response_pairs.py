@@ -18,7 +18,7 @@ from torch import Tensor
 from mmalign.data.caches.array_cache import ArrayCache
 from mmalign.data.caches.image_features import cached_view
 from mmalign.data.images import BadImage, decode
-from mmalign.data.loaders.batches import EncodedResponses, collate_labels, pad_scores
+from mmalign.data.loaders.batches import EncodedResponses, by_side, collate_labels, pad_scores
 from mmalign.data.loaders.loader import Loader
 from mmalign.data.pairs import ImageRef, ResponsePair, SkippedRow, pair_key
 from mmalign.families.base import PromptProcessor, VisionLanguage
@@ -137,23 +137,18 @@ class ResponsePairReader:
         self, pairs: Sequence[ResponsePair], examples: Sequence[ResponseExample], weights: Tensor
     ) -> ResponsePairBatch:
         """Return the batch of these examples, their first responses first, with the ids of these rows."""
-        # First the first response of every row, then the second; a row with fewer responses repeats its first
         others = [example.other for example in examples if example.other is not None]
-        scores = pad_scores([torch.tensor(x.pair.scores or [torch.nan] * len(x.responses)) for x in examples])
-        sides = [
-            x.responses[side if side < len(x.responses) else 0] for side in range(scores.shape[1]) for x in examples
-        ]
         return ResponsePairBatch(
             rows=[pair.row for pair in pairs],
             keys=[pair_key(example.pair) for example in examples],
             pairs=[example.pair for example in examples],
-            tokens=self.processor.collate(sides),
+            tokens=self.processor.collate(by_side([example.responses for example in examples])),
             other_images=self.processor.collate(others) if others else None,
             views={key: view for example in examples for key, view in example.views.items()},
             decoded_images={key: image for example in examples for key, image in example.decoded_images.items()},
             weights=weights,
             labels=collate_labels(pairs),
-            scores=scores,
+            scores=pad_scores([torch.tensor(x.pair.scores or [torch.nan] * len(x.responses)) for x in examples]),
         )
 
 
@@ -200,10 +195,7 @@ def _without_loaders(pair: ResponsePair) -> ResponsePair:
 
 
 def encode(
-    family: VisionLanguage,
-    batch: ResponsePairBatch,
-    max_length: int = sys.maxsize,
-    judge: ResponseJudge | None = None,
+    family: VisionLanguage, batch: ResponsePairBatch, max_length: int = sys.maxsize, judge: ResponseJudge | None = None
 ) -> EncodedResponses:
     """Encode a batch on the model's device, each distinct image once.
 
