@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from mmalign.judges._asking import Asker, AskingConfig, check_question, fill, load_asker
-from mmalign.rewards import ResponseJudge, Truths, check_files
+from mmalign.rewards import ResponseJudge, Shown, Truths, check_files
 
 check = check_responses = check_files
 
@@ -63,12 +63,7 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
     """Load the model as a judge of responses; errors are those of `load_asker`."""
     asker = load_asker("vlm", path, device, cfg)
 
-    def score(
-        images: Sequence[Sequence[Image.Image]],
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        truths: Truths | None = None,
-    ) -> Tensor:
+    def score(images: Shown, prompts: Sequence[str], responses: Sequence[str], truths: Truths | None = None) -> Tensor:
         questions = [
             fill(cfg.response_question, prompt=prompt, response=response)
             for prompt, response in zip(prompts, responses, strict=True)

@@ -19,7 +19,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from mmalign.judges._asking import Asker, AskingConfig, check_question, fill, load_asker
-from mmalign.rewards import ResponseJudge, Truths, check_files
+from mmalign.rewards import ResponseJudge, Shown, Truths, check_files
 from mmalign.rewards._combine import groups_of, question_keys
 
 logger = logging.getLogger(__name__)
@@ -127,12 +127,7 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
     """Load the model as a judge of responses; errors are those of `load_asker`."""
     comparer = Comparer(load_asker("vlm_pairs", path, device, cfg), cfg)
 
-    def score(
-        images: Sequence[Sequence[Image.Image]],
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        truths: Truths | None = None,
-    ) -> Tensor:
+    def score(images: Shown, prompts: Sequence[str], responses: Sequence[str], truths: Truths | None = None) -> Tensor:
         def question(row: int, left: int, right: int) -> str:
             texts = {"prompt": prompts[row], "first": responses[left], "second": responses[right]}
             return fill(cfg.response_question, **texts)

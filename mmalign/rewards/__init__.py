@@ -24,6 +24,7 @@ from mmalign import registry
 from mmalign.reading.weights import one_sentence, tensors_only
 from mmalign.resources import resolve_model
 
+Shown = Sequence[Sequence[Image.Image]]  # the images with each row's prompt
 Truths = Sequence[Sequence[str]]  # the texts of each row's true answer; empty where there is none
 
 
@@ -98,11 +99,7 @@ class ResponseJudge(Protocol):
     """
 
     def __call__(
-        self,
-        images: Sequence[Sequence[Image.Image]],
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        truths: Truths | None = None,
+        self, images: Shown, prompts: Sequence[str], responses: Sequence[str], truths: Truths | None = None
     ) -> Tensor:
         """Return scores [N], float32, without gradients."""
         ...
@@ -214,12 +211,7 @@ def load_response_judge(
     with tensors_only(allow_pickle):
         judge = response_module(name).load_responses(path, torch.device(device), cfg)
 
-    def call(
-        images: Sequence[Sequence[Image.Image]],
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        truths: Truths | None = None,
-    ) -> Tensor:
+    def call(images: Shown, prompts: Sequence[str], responses: Sequence[str], truths: Truths | None = None) -> Tensor:
         return as_scores(f"reward {name}", judge(images, prompts, responses, truths), prompts, "check the judge")
 
     return call

@@ -51,12 +51,7 @@ class AttributeHeads(nn.Module):
         return (self.low + self.high) / 2 + (self.high - self.low) / 2 * heads
 
     def losses(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """Return mean squared errors [..., A] in units of half a scale, 0 where a label is NaN.
-
-        Args:
-            predictions: [..., A].
-            labels: [..., A].
-        """
+        """Return squared errors [..., A] of predictions in units of half a scale, 0 where a label [..., A] is NaN."""
         errors = 2 * (predictions - labels.nan_to_num()) / (self.high - self.low)
         return errors.square() * ~labels.isnan()
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.losses.advantages import constrained, decoupled
-from mmalign.rewards import ResponseJudge, RewardModel, Truths
+from mmalign.rewards import ResponseJudge, RewardModel, Shown, Truths
 
 LEAST_SHARE = 0.01  # of votes; keeps the log-odds of a unanimous vote finite
 
@@ -67,12 +67,7 @@ def combined(judges: Sequence[RewardModel], combination: Combination) -> RewardM
 def combined_responses(judges: Sequence[ResponseJudge], combination: Combination) -> ResponseJudge:
     """Return the judge of responses whose scores combine those of judges."""
 
-    def call(
-        images: Sequence[Sequence[Image.Image]],
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        truths: Truths | None = None,
-    ) -> Tensor:
+    def call(images: Shown, prompts: Sequence[str], responses: Sequence[str], truths: Truths | None = None) -> Tensor:
         scores = [judge(images, prompts, responses, truths) for judge in judges]
         return combination(scores, question_keys(images, prompts))
 
@@ -135,7 +130,7 @@ def groups_of(keys: Keys) -> list[list[int]]:
     return list(rows.values())
 
 
-def question_keys(images: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> list[str]:
+def question_keys(images: Shown, prompts: Sequence[str]) -> list[str]:
     """Return the key [N] of each prompt with its images."""
     known = {id(image): image_key(image) for shown in images for image in shown}
     keys = ([*(known[id(image)] for image in shown), prompt] for shown, prompt in zip(images, prompts, strict=True))

@@ -14,14 +14,13 @@ import re
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from mmalign.language.objects import Vocabulary
 from mmalign.language.vocabularies import load_vocabulary
 from mmalign.language.yes_no import final_answer, parse_strict
-from mmalign.rewards import JudgeConfig, ResponseJudge, Truths
+from mmalign.rewards import JudgeConfig, ResponseJudge, Shown, Truths
 
 _VERDICT = re.compile(r"\W*(yes|no)\s*([.,:;!]|$)", re.IGNORECASE)  # "No people are visible." is a description
 
@@ -54,12 +53,7 @@ def load_responses(path: str, device: torch.device, cfg: Config) -> ResponseJudg
     """
     vocabulary = load_vocabulary("reward.path", path)
 
-    def score(
-        images: Sequence[Sequence[Image.Image]],
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        truths: Truths | None = None,
-    ) -> Tensor:
+    def score(images: Shown, prompts: Sequence[str], responses: Sequence[str], truths: Truths | None = None) -> Tensor:
         scores = list[float]()
         for prompt, response, truth in zip(prompts, responses, truths or [()] * len(prompts), strict=True):
             if not any(text.strip() for text in truth):

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.registry import import_callable, import_function
-from mmalign.rewards import BatchConfig, ResponseJudge, Truths, as_scores, in_batches
+from mmalign.rewards import BatchConfig, ResponseJudge, Shown, Truths, as_scores, in_batches
 
 TRUTHS = "truths"  # name of the argument for true answers
 REMEDY = "correct the function (MMALIGN_TRACEBACK=1 shows the line of an error)"
@@ -51,11 +51,7 @@ class FunctionJudge:
         return self._scores(images, prompts)
 
     def score_responses(
-        self,
-        images: Sequence[Sequence[Image.Image]],
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        truths: Truths | None = None,
+        self, images: Shown, prompts: Sequence[str], responses: Sequence[str], truths: Truths | None = None
     ) -> Tensor:
         """Return scores [N] of responses, float32, on the CPU; the errors are those of images.
 

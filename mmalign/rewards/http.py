@@ -27,7 +27,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from mmalign.reading import parse_as
-from mmalign.rewards import BatchConfig, ResponseJudge, Truths, as_scores, in_batches
+from mmalign.rewards import BatchConfig, ResponseJudge, Shown, Truths, as_scores, in_batches
 
 logger = logging.getLogger(__name__)
 
@@ -161,11 +161,7 @@ class HttpJudge:
         return in_batches(score, len(prompts), self.server.options.batch_size)
 
     def score_responses(
-        self,
-        images: Sequence[Sequence[Image.Image]],
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        truths: Truths | None = None,
+        self, images: Shown, prompts: Sequence[str], responses: Sequence[str], truths: Truths | None = None
     ) -> Tensor:
         """Return scores [N] of responses, float32, on the CPU.
 

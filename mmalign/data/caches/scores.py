@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.data.caches.journal import AppendLog
-from mmalign.rewards import ResponseJudge, RewardModel, Truths
+from mmalign.rewards import ResponseJudge, RewardModel, Shown, Truths
 from mmalign.rewards._combine import question_keys
 
 logger = logging.getLogger(__name__)
@@ -108,28 +108,18 @@ class CachedResponseJudge:
     cache: ScoreCache
 
     def __call__(
-        self,
-        images: Sequence[Sequence[Image.Image]],
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        truths: Truths | None = None,
+        self, images: Shown, prompts: Sequence[str], responses: Sequence[str], truths: Truths | None = None
     ) -> Tensor:
         """Return scores [N], float32, on the CPU; with true answers they are stored under these as well."""
         truth_keys = [""] * len(prompts) if truths is None else [json.dumps(list(texts)) for texts in truths]
         rows = zip(question_keys(images, prompts), responses, truth_keys, strict=True)
         keys = [_digest(f"response {len(asked)} {len(text)} ", asked, text, truth) for asked, text, truth in rows]
-        return self.cache.scores(keys, partial(self._judge, images, prompts, responses, truths))
 
-    def _judge(
-        self,
-        images: Sequence[Sequence[Image.Image]],
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        truths: Truths | None,
-        rows: Sequence[int],
-    ) -> Tensor:
-        columns = _pick(images, rows), _pick(prompts, rows), _pick(responses, rows)
-        return self.judge(*columns) if truths is None else self.judge(*columns, _pick(truths, rows))
+        def judge(rows: Sequence[int]) -> Tensor:
+            columns = _pick(images, rows), _pick(prompts, rows), _pick(responses, rows)
+            return self.judge(*columns, None if truths is None else _pick(truths, rows))
+
+        return self.cache.scores(keys, judge)
 
 
 def _pick(column: Sequence[T], rows: Sequence[int]) -> list[T]:

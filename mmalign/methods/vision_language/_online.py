@@ -25,13 +25,13 @@ from mmalign.data.loaders.batches import EncodedResponses
 from mmalign.data.pairs import stable_hash
 from mmalign.families.base import VisionLanguage
 from mmalign.families.types import GeneratedText, Mixture
+from mmalign.language.chat import as_text
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.losses.advantages import informative
 from mmalign.methods import Requirements
 from mmalign.methods._generated import count_contrasts, parts, summarize_rewards
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.rng import KeyedRNG
-from mmalign.synthesis.judged_responses import judge_answers
 
 EQUAL_REWARDS = (
     "the judge gave all answers to a question the same score, or no answer can be trained; look at the judge "
@@ -112,7 +112,8 @@ def answer(
     # Their rewards
     assert batch.judge is not None, "the method needs a judge of responses"
     images = [[batch.decoded_images[ref.key] for ref in pair.images] for pair in batch.pairs]
-    rewards = judge_answers(batch.judge, list(batch.pairs) * cfg.answers, images * cfg.answers, texts)
+    asked, truths = [as_text(pair.turns) for pair in batch.pairs], [pair.truth for pair in batch.pairs]
+    rewards = batch.judge(images * cfg.answers, asked * cfg.answers, texts, truths * cfg.answers)
     rewards = rewards.view(cfg.answers, number).T
     # Their tokens
     tokenized = [_row(family, prompt, said) for prompt, said in zip(prompts, generated, strict=True)]

@@ -28,12 +28,12 @@ from mmalign.data.caches.journal import AppendLog
 from mmalign.data.formats.responses import open_responses
 from mmalign.data.images import decode
 from mmalign.data.pairs import Pairs, ResponsePair, SkippedRow, format_rows, stable_hash
+from mmalign.language.chat import as_text
 from mmalign.modalities import loading
 from mmalign.modalities.vision_language.generators import Work, load_work, settings_of
 from mmalign.resources import locate
 from mmalign.rewards import ResponseJudge
 from mmalign.synthesis.confidence import is_sure
-from mmalign.synthesis.judged_responses import judge_answers
 from mmalign.synthesis.rejected_responses import CUT, CUT_REASON, Candidates, RejectedResponse, Writer
 from mmalign.synthesis.unfinished import discard, is_written, unfinished, write_final
 from mmalign.synthesis.write_responses import SUFFIXES, SynthesizedPair, write_pairs
@@ -158,7 +158,8 @@ def _judge(
         shown = {ref.key: decode(ref) for pair in asked for ref in pair.images}
         images = [[shown[ref.key] for ref in pair.images] for pair in asked]
         texts = [text for entry in chunk for text in entry["texts"]]
-        judged = iter(judge_answers(judge, asked, images, texts).tolist())
+        truths = [pair.truth for pair in asked]
+        judged = iter(judge(images, [as_text(pair.turns) for pair in asked], texts, truths).tolist())
         scores += [[next(judged) for _ in entry["texts"]] for entry in chunk]
     return scores
 

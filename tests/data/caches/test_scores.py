@@ -16,7 +16,7 @@ from torch import Tensor
 from mmalign.data.caches import journal
 from mmalign.data.caches.fingerprint import fingerprint_judge
 from mmalign.data.caches.scores import CHUNK, CachedJudge, CachedResponseJudge, ScoreCache
-from mmalign.rewards import Truths
+from mmalign.rewards import Shown, Truths
 from mmalign.training.processes import Processes
 
 RED, BLUE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
@@ -65,7 +65,7 @@ def test_other_judges_images_and_prompts_are_judged(tmp_path: Path) -> None:
 def test_scores_of_responses_are_stored_by_images_question_and_answer(tmp_path: Path) -> None:
     judged = list[str]()
 
-    def judge(images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    def judge(images: Shown, prompts: Sequence[str], responses: Sequence[str], truths: Truths | None = None) -> Tensor:
         judged.extend(responses)
         return torch.tensor([float(len(text)) for text in responses])
 
@@ -79,9 +79,7 @@ def test_scores_of_responses_are_stored_by_images_question_and_answer(tmp_path: 
 def test_scores_by_true_answers_are_stored_under_these(tmp_path: Path) -> None:
     judged = list[Sequence[str]]()
 
-    def judge(
-        images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], responses: Sequence[str], truths: Truths = ()
-    ) -> Tensor:
+    def judge(images: Shown, prompts: Sequence[str], responses: Sequence[str], truths: Truths | None = None) -> Tensor:
         judged.extend(truths or [("none",)] * len(responses))
         return torch.tensor([float(len(truth)) for truth in truths or [()] * len(responses)])
 
