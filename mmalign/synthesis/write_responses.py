@@ -101,7 +101,7 @@ def _packed(pair: SynthesizedPair) -> dict[str, object]:
 
     def image(ref: ImageRef) -> dict[str, object]:
         decode(ref)  # no other file may be copied into a data set that is made to be shared
-        return {"bytes": ref.read(), "path": Path(ref.path).name or None}
+        return {"bytes": ref.read(), "path": Path(ref.path).name}  # a text in every row, since the first fix the type
 
     record = _record(pair, image)
     return {**record, "provenance": json.dumps(record["provenance"], ensure_ascii=False)}
