@@ -28,7 +28,7 @@ from mmalign.data.data_module import DataModule, Splits
 from mmalign.data.loaders.response_pairs import ResponsePairLoader, ResponsePairReader
 from mmalign.data.pairs import ImageRef
 from mmalign.families.vlm.image_features import backend_name, move_parameters
-from mmalign.modalities import loading, modality_of
+from mmalign.modalities import DataRequest, loading, modality_of
 from mmalign.policy import FrozenCopy, Policy
 from mmalign.rng import KeyedRNG
 from mmalign.training.launch import GOES_ON, connect, name_lost_processes
@@ -73,12 +73,7 @@ def build_filled_data_module(
 ) -> DataModule:
     """Return the recipe's pairs in batches, with all caches filled for the pairs that its training reads.
 
-    Args:
-        recipe: the recipe to train.
-        family: the model as loaded; its network is the reference.
-        accelerator: the accelerator, for this process's index.
-        splits: the result of `Modality.open_pairs`.
-        reward_model: the model that scores images, for methods whose settings name one.
+    As loaded, the family's network is the reference.
 
     Raises:
         ValueError: `build_data_module` refuses the data or its caches.
@@ -92,8 +87,8 @@ def build_filled_data_module(
         run |= {"model": fingerprint.fingerprint_network(family.network)}
     if spec is not None:
         spec = replace(spec, settings={**spec.settings, "method": recipe.method.name, **run})
-    build = modality_of(recipe).build_data_module
-    data_module = build(family, recipe, splits, accelerator, needs, spec=spec, reward_model=reward_model)
+    request = DataRequest(recipe, splits, accelerator, needs, spec, reward_model)
+    data_module = modality_of(recipe).build_data_module(family, request)
     data_module = _fill_caches(data_module, recipe, family, accelerator)
     if replaces_reference(data_module):
         assert data_module.precompute_cache is not None

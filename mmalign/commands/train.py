@@ -147,7 +147,7 @@ def _train_locked(recipe: Recipe, output: Path) -> Trained:
         hook = AfterUpdate(recipe, run, data_module, reporter, stop, sampler)
         _train(recipe, run, data_module, hook)
     export(folder, run)
-    _end(recipe, data_module, accelerator)
+    _end(data_module, accelerator)
     if run.train_state.guard.left_out:
         logger.warning(f"train.guard: {run.train_state.guard.left_out} bad updates were left out")
     return _result(recipe, run, reporter, started)
@@ -224,15 +224,15 @@ def _rounded(number: float) -> str:
     return f"{number:.3g}" if number < 10 else f"{number:,.0f}"
 
 
-def _end(recipe: Recipe, data_module: DataModule, accelerator: Accelerator) -> None:
+def _end(data_module: DataModule, accelerator: Accelerator) -> None:
     """Close the trackers and the process group, and log the rows that no process could use."""
     from accelerate.utils import gather_object
 
     dropped = list({d.location: d for d in gather_object(data_module.skipped())}.values())
     accelerator.end_training()  # also ends the process group: no process can wait for others after it
     if dropped:
-        reason = modality_of(recipe).unusable_rows
-        logger.warning(f"{len(dropped)} {reason}; their pairs were left out: {format_rows(dropped)}")
+        reason = "images or pairs could not be used; their pairs were left out"
+        logger.warning(f"{len(dropped)} {reason}: {format_rows(dropped)}")
 
 
 def _train(recipe: Recipe, run: TrainingRun, data_module: DataModule, hook: AfterUpdate) -> None:
@@ -309,14 +309,6 @@ def start_run(
     reference_cached: bool = False,
 ) -> TrainingRun:
     """Build policy and optimizer, and resume from a checkpoint, if there is one.
-
-    Args:
-        recipe: the recipe to train.
-        family: the model as loaded.
-        identity: identity of the run, from `_resume.identify`.
-        saved: the checkpoint to resume from, or None.
-        accelerator: the accelerator of the run.
-        reference_cached: true if cached scores replace the frozen copy of a fully trained network.
 
     Raises:
         ValueError: the model cannot be trained as requested, or the checkpoint does not fit it.

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NamedTuple, TypeVar
 
 import torch
 from annotated_types import Len
@@ -131,34 +131,24 @@ class Previews:
     are_texts: bool = False
 
 
-class DataModuleBuilder(Protocol):
-    """Function that opens caches and loaders of a recipe's pairs."""
+class DataRequest(NamedTuple):
+    """Pairs of a recipe, and all that their loaders and caches depend on.
 
-    def __call__(
-        self,
-        family: Any,
-        recipe: Recipe,
-        splits: Splits,
-        accelerator: Accelerator,
-        needs: Requirements,
-        *,
-        spec: PrecomputeSpec | None = None,
-        reward_model: Any = None,
-    ) -> DataModule:
-        """Return the loaders of the pairs, with their caches; those of latents and text are filled.
+    Attributes:
+        recipe: the recipe; its output folder holds the caches under `data.cache: auto`.
+        splits: the result of `Modality.open_pairs`.
+        accelerator: the accelerator, for this process's index.
+        needs: inputs that the batches must have.
+        spec: tensors that are precomputed for the method; the caller fills their cache.
+        reward_model: the RewardModel of images, or the ResponseJudge.
+    """
 
-        Args:
-            family: the modality's model, which encodes the batches.
-            recipe: the recipe; its output folder holds the caches under `data.cache: auto`.
-            splits: the result of `Modality.open_pairs`.
-            accelerator: the accelerator, for this process's index.
-            needs: inputs that the batches must have.
-            spec: tensors that are precomputed for the method; the caller fills their cache.
-            reward_model: the RewardModel of images, or the ResponseJudge.
-
-        Raises:
-            ValueError: files, columns or caches do not fit, or more than `data.max_bad` rows are bad, or all.
-        """
+    recipe: Recipe
+    splits: Splits
+    accelerator: Accelerator
+    needs: Requirements
+    spec: PrecomputeSpec | None = None
+    reward_model: Any = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +170,9 @@ class Modality:
             its other parts as loaded.
         open_pairs: open pairs that meet the requirements, without decoding an image: (training split, validation split
             or None); raises ValueError if files or columns are missing, or no pair is left.
-        build_data_module: open caches and loaders.
+        build_data_module: open caches and loaders of pairs for a model that encodes their batches, and fill the caches
+            of latents and text; raises ValueError if files, columns or caches do not fit, or more than `data.max_bad`
+            rows are bad, or all.
         encode_example: encode batches like those of training, of pairs that are at hand or of usual ones, on a model
             that has shapes alone; None for a model that cannot be planned.
         show: the numbers of a recipe's pairs and so many examples as the model will see them, without its networks;
@@ -188,7 +180,6 @@ class Modality:
         check_samples: check `train.samples`, where `train.sample_every` is given; raises ValueError.
         open_previews: open the inputs of `train.samples`, before encoders may leave the device; None for a model that
             generates nothing.
-        unusable_rows: the noun phrase for rows that no process can use.
         open_benchmark: open a recipe's benchmark before any model is loaded; the result measures a policy. A benchmark
             on the validation split gets both splits.
         score_files: score existing answers that a section names without a model; None where it names none.
@@ -203,9 +194,6 @@ class Modality:
         add_heads: add to a model's network what such a recipe learns of each annotator.
     """
 
-    check: Callable[[Recipe], None]
-    check_evaluation: Callable[[Recipe], None]
-    check_preparation: Callable[[Recipe], None]
     loading_hint: Callable[[str, Path, str], str]
     loaded_by: str
     pipeline_tag: str
@@ -214,19 +202,21 @@ class Modality:
     load_family: Callable[[Model, Loading], Family]
     model_dependencies: Callable[[Model, Any], dict[str, str]]
     open_pairs: Callable[[Recipe, Requirements], Splits]
-    build_data_module: DataModuleBuilder
-    encode_example: Callable[[Any, Recipe, Requirements, Splits | None], Example] | None
+    build_data_module: Callable[[Any, DataRequest], DataModule]
     show: Callable[[Recipe, Splits, int], DataView]
     check_samples: Callable[[Recipe], None]
-    open_previews: Callable[[Any, Recipe, Splits], Previews] | None
-    unusable_rows: str
     open_benchmark: Callable[[Recipe, torch.device, Splits | None], Measure]
-    score_files: Callable[[Recipe], Result | None]
     doctor_inputs: Callable[[Recipe], RecipeInputs]
-    samples: Samples | None
-    prepare: Callable[[Recipe, Writer | None], Path] | None
     example_evaluation: str
-    example_preparation: str
+    check: Callable[[Recipe], None] = lambda _: None
+    check_evaluation: Callable[[Recipe], None] = lambda _: None
+    check_preparation: Callable[[Recipe], None] = lambda _: None
+    encode_example: Callable[[Any, Recipe, Requirements, Splits | None], Example] | None = None
+    open_previews: Callable[[Any, Recipe, Splits], Previews] | None = None
+    score_files: Callable[[Recipe], Result | None] = lambda _: None
+    samples: Samples | None = None
+    prepare: Callable[[Recipe, Writer | None], Path] | None = None
+    example_preparation: str = ""
     name_annotators: Callable[[Recipe, Pairs[Any]], Recipe] = lambda recipe, _: recipe
     add_heads: Callable[[Any, Recipe], None] = lambda *_: None
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -17,7 +17,6 @@ from mmalign.config import EvaluateJudge, ImageJudgeModel, Model, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache, cache_folder
 from mmalign.data.caches.fill import fill
-from mmalign.data.caches.precompute import PrecomputeSpec
 from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
 from mmalign.data.images import BadImage, decode
 from mmalign.data.loaders.batches import JudgedImages
@@ -31,8 +30,7 @@ from mmalign.evaluation.metrics import SIDES
 from mmalign.families import image_judge
 from mmalign.families.image_judge import NOT_COMPILED, ClipScorer, ImageJudge
 from mmalign.families.types import Loading
-from mmalign.methods import Requirements
-from mmalign.modalities import Measure, Result, annotators, loading, step_judge
+from mmalign.modalities import DataRequest, Measure, Result, annotators, loading, step_judge
 from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check
 from mmalign.pages.examples import DataView, ExampleSide, TrainingExample
@@ -119,20 +117,9 @@ def describe_head(model: Model, _: object) -> dict[str, str]:
     return parts
 
 
-def build_data_module(
-    family: ImageJudge,
-    recipe: Recipe,
-    splits: Splits,
-    accelerator: Accelerator,
-    needs: Requirements,
-    *,
-    spec: PrecomputeSpec | None = None,
-    reward_model: Any = None,
-) -> DataModule:
-    """Return the loaders of the rows, with features from a filled cache if the last layers alone are trained.
-
-    The arguments and errors are those of `DataModuleBuilder`.
-    """
+def build_data_module(family: ImageJudge, request: DataRequest) -> DataModule:
+    """Return the loaders of the rows, with features from a filled cache if the last layers alone are trained."""
+    recipe, splits, accelerator, *_ = request
     data = recipe.data
     features = None
     if family.head_only and data.cache != "off":

@@ -12,7 +12,7 @@ import torch
 from mmalign import atomic_io
 from mmalign.attention import choice
 from mmalign.config import ImageData, ImageSize, Lora, Recipe, ResponseData, RewardConfig, Rewards
-from mmalign.config.evaluation import Combine, WeightedReward, reward_models
+from mmalign.config.evaluation import Combine, reward_models
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.scores import CHUNK, CachedJudge, CachedResponseJudge, ScoreCache
 from mmalign.families.base import Family, VisionLanguage
@@ -48,10 +48,6 @@ def load_model(recipe: Recipe, device: torch.device) -> Any:
     """Load the recipe's model, frozen: a TextToImage, a StepJudge or a VisionLanguage, depending on its section.
 
     The log names the attention backend, and for a vision-language model the packing of responses.
-
-    Args:
-        recipe: the recipe, with the model, its precision and its attention backend.
-        device: target device.
 
     Raises:
         ValueError: the model cannot be loaded, or the attention backend is unavailable.
@@ -160,11 +156,9 @@ def disable_progress_bars() -> None:
 
 
 def load_trained_policy(family: F, folder: Path) -> Policy[F]:
-    """Load a trained model as the policy, with its base model as the reference.
+    """Load a trained model from the folder that `Family.save` wrote, as the policy, with the base model as reference.
 
-    Args:
-        family: the base model; its network gets the adapters if `folder` holds LoRA weights.
-        folder: the folder that `Family.save` wrote.
+    With LoRA weights the base model's network gets the adapters.
 
     Raises:
         ValueError: the folder has no trained model, or its files are damaged.
@@ -176,12 +170,7 @@ def load_trained_policy(family: F, folder: Path) -> Policy[F]:
 
 
 def build_reward_model(
-    reward: Rewards,
-    device: torch.device,
-    *,
-    allow_pickle: bool,
-    combine: Combine = "sum",
-    scores: Path | None = None,
+    reward: Rewards, device: torch.device, *, allow_pickle: bool, combine: Combine = "sum", scores: Path | None = None
 ) -> RewardModel:
     """Load the recipe's reward model, or several as one.
 
@@ -198,47 +187,40 @@ def build_reward_model(
     """
 
     def load(config: RewardConfig) -> RewardModel:
-        model = load_reward_model(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
-        cache = _score_cache(config, scores)
-        return model if cache is None else CachedJudge(model, cache)
+        return load_reward_model(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
 
-    return _build(reward, load, combined, combine)
+    return _build(reward, combine, scores, load, CachedJudge, combined)
 
 
 def build_response_judge(
-    reward: Rewards,
-    device: torch.device,
-    *,
-    allow_pickle: bool,
-    combine: Combine = "sum",
-    scores: Path | None = None,
+    reward: Rewards, device: torch.device, *, allow_pickle: bool, combine: Combine = "sum", scores: Path | None = None
 ) -> ResponseJudge:
     """Load the recipe's judge of responses, or several as one; arguments and errors of `build_reward_model`."""
 
     def load(config: RewardConfig) -> ResponseJudge:
-        judge = load_response_judge(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
-        cache = _score_cache(config, scores)
-        return judge if cache is None else CachedResponseJudge(judge, cache)
+        return load_response_judge(config.name, config.path, device, allow_pickle=allow_pickle, **config.options)
 
-    return _build(reward, load, combined_responses, combine)
+    return _build(reward, combine, scores, load, CachedResponseJudge, combined_responses)
 
 
 def _build(
     reward: Rewards,
-    load: Callable[[RewardConfig], J],
-    join: Callable[[Sequence[J], Combination], J],
     combine: Combine,
+    scores: Path | None,
+    load: Callable[[RewardConfig], J],
+    cached: Callable[[J, ScoreCache], J],
+    join: Callable[[Sequence[J], Combination], J],
 ) -> J:
-    """Load one judge, or join several."""
+    """Load one judge, or join several; each has a cache of its scores, if there is a folder for it."""
     disable_progress_bars()
-    configs = reward_models(reward)
-    judges = [load(config) for config in configs]
-    return judges[0] if len(judges) == 1 else join(judges, _combination(configs, combine))
-
-
-def _combination(configs: Sequence[WeightedReward], combine: Combine) -> Combination:
+    configs, judges = reward_models(reward), list[J]()
+    for config in configs:
+        judge, cache = load(config), _score_cache(config, scores)
+        judges.append(judge if cache is None else cached(judge, cache))
+    if len(judges) == 1:
+        return judges[0]
     weights = torch.tensor([config.weight for config in configs])
-    return Combination(combine, weights, [config.at_least for config in configs])
+    return join(judges, Combination(combine, weights, [config.at_least for config in configs]))
 
 
 def _score_cache(config: RewardConfig, folder: Path | None) -> ScoreCache | None:
@@ -295,11 +277,7 @@ def check_method_judge(recipe: Recipe) -> None:
 def check_reward_model(key: str, reward: Rewards, *, responses: bool = False, truths: bool = False) -> None:
     """Check the names, the options and the paths of the reward models that a recipe names at `key`.
 
-    Args:
-        key: the recipe's key, for messages.
-        reward: the section of the recipe.
-        responses: true for judges of responses.
-        truths: true if they may get the data's true answers.
+    They judge images, or `responses`, for which `truths` says that they may get the data's true answers.
 
     Raises:
         ValueError: there is no such reward model, an option is invalid, its folder or function is missing, it needs

@@ -14,10 +14,6 @@ from mmalign.resources import resolve, resolve_model
 def read_prompts(key: str, name: str) -> list[Prompt]:
     """Read the prompts of a text file, one a line, without empty lines and comments, or of a table with sources.
 
-    Args:
-        key: the recipe's key of the file, for error messages.
-        name: the file.
-
     Raises:
         ValueError: the file is missing, is not text, has no prompt, or a row of a table is bad.
     """
@@ -26,10 +22,6 @@ def read_prompts(key: str, name: str) -> list[Prompt]:
 
 def read_prompt_pairs(key: str, name: str) -> list[tuple[str, str]]:
     """Read the prompt pairs of a file, one pair a line, separated by a tab.
-
-    Args:
-        key: the recipe's key of the file, for error messages.
-        name: the file.
 
     Raises:
         ValueError: the file is missing, is not text, or has no prompt, or a line does not hold two prompts.

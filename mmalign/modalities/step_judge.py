@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from mmalign.config import EvaluateSteps, JudgeModel, Model, Recipe
-from mmalign.config.methods.text_to_image import StepPreferenceConfig
-from mmalign.data.caches.precompute import PrecomputeSpec
+from mmalign.config.methods.judges import StepPreferenceConfig
 from mmalign.data.data_module import DataModule, Splits
 from mmalign.doctor.corpus import NotChecked, RecipeInputs
 from mmalign.evaluation.benchmarks import step_accuracy
 from mmalign.families import loading, step_judge
 from mmalign.families.step_judge import StepJudge
 from mmalign.families.types import Loading
-from mmalign.methods import Requirements, requirements_of
-from mmalign.modalities import Measure, Modality, Result
+from mmalign.methods import requirements_of
+from mmalign.modalities import DataRequest, Measure, Modality, Result
 from mmalign.modalities.loading import DTYPES
 from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check, data, doctor, show
@@ -25,10 +23,6 @@ from mmalign.modalities.text_to_image.model import frozen_parts
 from mmalign.modalities.validation import groups_by_row, validation_batches
 from mmalign.policy import Policy
 from mmalign.resources import resolve_model
-from mmalign.rewards import RewardModel
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 def refuse_samples(recipe: Recipe) -> None:
@@ -83,19 +77,9 @@ def frozen_models(model: Model, family: StepJudge) -> dict[str, str]:
     return {"denoiser": model.denoiser, **frozen_parts(family.denoiser)}
 
 
-def build_data_module(
-    family: StepJudge,
-    recipe: Recipe,
-    splits: Splits,
-    accelerator: Accelerator,
-    needs: Requirements,
-    *,
-    spec: PrecomputeSpec | None = None,
-    reward_model: RewardModel | None = None,
-) -> DataModule:
+def build_data_module(family: StepJudge, request: DataRequest) -> DataModule:
     """Return the pairs as the frozen model encodes them."""
-    build = data.build_data_module
-    return build(family.denoiser, recipe, splits, accelerator, needs, spec=spec, reward_model=reward_model)
+    return data.build_data_module(family.denoiser, request)
 
 
 def open_benchmark(recipe: Recipe, _: torch.device, splits: Splits | None) -> Measure:
@@ -122,8 +106,6 @@ def doctor_inputs(recipe: Recipe) -> RecipeInputs:
 
 MODALITY = Modality(
     check=check_recipe,
-    check_evaluation=lambda _: None,
-    check_preparation=lambda _: None,
     loading_hint=lambda _, folder, __: f"reward: {{name: step_aware, path: {folder}}}",
     loaded_by="mmalign",
     pipeline_tag="text-to-image",
@@ -133,16 +115,9 @@ MODALITY = Modality(
     model_dependencies=frozen_models,
     open_pairs=data.open_pairs,
     build_data_module=build_data_module,
-    encode_example=None,
     show=show.show,
     check_samples=refuse_samples,
-    open_previews=None,
-    unusable_rows="images or pairs could not be used",
     open_benchmark=open_benchmark,
-    score_files=lambda _: None,
     doctor_inputs=doctor_inputs,
-    samples=None,
-    prepare=None,
     example_evaluation="{benchmark: steps}",
-    example_preparation="",
 )

@@ -9,22 +9,16 @@ from mmalign.config import Recipe
 from mmalign.data.data_module import Splits
 from mmalign.evaluation.benchmarks import implicit_reward
 from mmalign.methods import Requirements, requirements_of
-from mmalign.modalities import Measure, Result, modality_of
+from mmalign.modalities import DataRequest, Measure, Result, modality_of
 from mmalign.policy import FrozenCopy, Policy
 
 
 def implicit_reward_benchmark(
     recipe: Recipe, splits: Splits, scores: Callable[[Any], implicit_reward.Score[Any]], num_noise_samples: int = 1
 ) -> Measure:
-    """Return the measure of the implicit reward accuracy.
+    """Return the measure of the implicit reward accuracy on the validation split, with some draws of (t, noise).
 
     A pair is right if the trained model prefers the chosen side by more than the base model does.
-
-    Args:
-        recipe: the recipe.
-        splits: its pairs, with a validation split.
-        scores: the scores of a batch, for a family.
-        num_noise_samples: draws of (t, noise) for each pair.
     """
     seed = recipe.evaluate.seed if recipe.evaluate is not None else 0
 
@@ -76,5 +70,5 @@ def validation_batches(recipe: Recipe, policy: Policy[Any], splits: Splits, need
     """Yield the encoded batches of the validation split, with the inputs that are needed."""
     from accelerate import Accelerator
 
-    build = modality_of(recipe).build_data_module
-    return build(policy.family, recipe, splits, Accelerator(), needs).validation_batches()
+    request = DataRequest(recipe, splits, Accelerator(), needs)
+    return modality_of(recipe).build_data_module(policy.family, request).validation_batches()

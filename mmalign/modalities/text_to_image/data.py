@@ -16,7 +16,7 @@ from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache, Fingerprint, cache_folder
 from mmalign.data.caches.fill import fill
 from mmalign.data.caches.latents import ImageViews, encode_edits, encode_latents, encode_texts
-from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
+from mmalign.data.caches.precompute import PrecomputeCache
 from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
 from mmalign.data.formats.images import open_pairs as open_image_pairs
 from mmalign.data.formats.labels import Margins
@@ -32,9 +32,9 @@ from mmalign.data.splits import split
 from mmalign.families.base import TextToImage
 from mmalign.families.editing import not_editing
 from mmalign.methods import Requirements
+from mmalign.modalities import DataRequest
 from mmalign.modalities.text_to_image.model import source_use
 from mmalign.resources import locate
-from mmalign.rewards import RewardModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,20 +84,9 @@ def _open_prompts_or_pairs(recipe: Recipe, data: ImageData, needs: Requirements)
     return open_image_pairs(data.format, path, prompt_pairs=why, limit=data.limit, **columns)
 
 
-def build_data_module(
-    family: TextToImage,
-    recipe: Recipe,
-    splits: Splits,
-    accelerator: Accelerator,
-    needs: Requirements,
-    *,
-    spec: PrecomputeSpec | None = None,
-    reward_model: RewardModel | None = None,
-) -> DataModule:
-    """Return the loaders of a recipe's image pairs or prompts, with filled caches of latents and text.
-
-    The arguments and errors are those of `DataModuleBuilder`.
-    """
+def build_data_module(family: TextToImage, request: DataRequest) -> DataModule:
+    """Return the loaders of a recipe's image pairs or prompts, with filled caches of latents and text."""
+    recipe, splits, accelerator, needs, spec, reward_model = request
     data, output, seed = recipe.data, Path(recipe.output), recipe.train.seed
     assert isinstance(data, ImageData)
     sources = [pairs for pairs in splits if pairs is not None]
@@ -136,20 +125,13 @@ def build_data_module(
         latents = _fill_latents(family, views, data, output, accelerator, vae_decoder=needs.vae_decoder)
         if spec is not None:
             inputs = {**latents.fingerprint, **text.fingerprint, "flip": data.flip, "seed": seed}
-            precompute_cache = _open_precomputed(family, cache_folder(data, output), spec, inputs)
+            inputs["schedule"] = fingerprint.fingerprint_schedule(family.schedule)
+            precompute_cache = PrecomputeCache.open(cache_folder(data, output), spec, inputs)
     family.place(family.network, *([vae] if latents is None or needs.vae_decoder else []), *unused)
     reader = ImagePairReader(shapes, transform, seed, latents, spec.num_draws if spec is not None else None)
     open_all = partial(open_all, num_workers=data.num_workers, max_bad=data.max_bad, liked_share=needs.liked_share)
     loaders = open_all(reader, shapes_of=shapes.of_all)
     return DataModule(encoder.encode, *loaders, summarize(splits), precompute_cache, latents=latents, text=text)
-
-
-def _open_precomputed(
-    family: TextToImage, folder: Path, spec: PrecomputeSpec, inputs: Mapping[str, str | int | float]
-) -> PrecomputeCache:
-    """Return the cache of a method's tensors, which depend on the inputs and on the noise process."""
-    schedule = fingerprint.fingerprint_schedule(family.schedule)
-    return PrecomputeCache.open(folder, spec, {**inputs, "schedule": schedule})
 
 
 def check_sources(family: TextToImage, data: ImageData, sources: Sequence[Pairs[ImagePair]]) -> bool:

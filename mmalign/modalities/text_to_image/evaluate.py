@@ -71,13 +71,7 @@ def compare_images(
 ) -> Result:
     """Generate images with base and trained model from the same noise, and measure them.
 
-    Args:
-        recipe: the recipe, with a section `evaluate`.
-        reward_model: the model that scores the images, if the section names one.
-        chooser: the model that chooses the best of n images, if the section names one.
-        policy: the trained model, with the base model as reference.
-        folder: folder for the images and the gallery's `samples.json`.
-        identity: identity of this evaluation, stored in `samples.json`.
+    The folder gets the images and the gallery's `samples.json`, with the evaluation's identity.
 
     Returns:
         The content of `result.json`, and a table of it.
@@ -234,15 +228,7 @@ def choose_best(
 ) -> dict[int, list[Image.Image]]:
     """Return the base model's best image of each prompt and seed, for every n of `best_of`.
 
-    Args:
-        policy: the trained model, with the base model as reference.
-        prompts: the prompts.
-        seeds: the images' seeds.
-        first: the base model's images, which are the first candidates.
-        section: the settings.
-        chooser: the model that chooses.
-        cache: the cache of the base model's images.
-        sources: the images that the prompts edit.
+    Its images at hand, `first`, are the first candidates.
     """
     assert section.best_of is not None
     # The images at hand are candidate 0

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 
 from mmalign.config import ImageData, ImageModel, Recipe
@@ -33,7 +30,6 @@ def encode_example(family: TextToImage, recipe: Recipe, needs: Requirements, spl
     text = encode_prompts(family, ["a prompt"], source)
     unconditional = family.unconditional() if source is None else family.unconditional_edits(source)
     per_row = {SOURCE: latents.mean} if source is not None else {}
-
     outputs = _num_outputs(needs, splits)
 
     # One row again and again, since shapes alone count
@@ -52,16 +48,18 @@ def encode_example(family: TextToImage, recipe: Recipe, needs: Requirements, spl
         )
 
     # Caches, and encoders that are not needed once they are filled
-    caches, leaving = dict[str, int](), list[str]()
+    parts = [pairs for pairs in splits or () if pairs is not None]
+    caches, leaving, num_pairs = dict[str, int](), list[str](), sum(map(len, parts))
     if data.cache != "off":
         in_text = source is not None and family.editing is not None and family.editing.in_text
         # Each view of a source with its prompt and without one
-        number = 2 * (1 + data.flip) * _num_pairs(splits) if in_text else _num_prompts(splits)
-        caches["text"] = _num_bytes(text) * number
+        prompts = {prompt for pairs in parts for prompt in pairs.prompts()}
+        number = 2 * (1 + data.flip) * num_pairs if in_text else len(prompts)
+        caches["text"] = sum(BYTES * x[0].numel() for x in text.tensors.values()) * number
         leaving = [name for name, _ in family.encoders() if name != "vae"]
         if data.crop == "center" and not needs.generates:
             # Each image of a row and its source, also mirrored
-            images = (outputs + (source is not None)) * (1 + data.flip) * _num_pairs(splits)
+            images = (outputs + (source is not None)) * (1 + data.flip) * num_pairs
             caches["latents"] = 2 * BYTES * latents.mean[0].numel() * images  # means and deviations
             leaving += [] if needs.vae_decoder else ["vae"]
     assert isinstance(recipe.model, ImageModel)
@@ -83,19 +81,3 @@ def _num_outputs(needs: Requirements, splits: Splits | None) -> int:
     if needs.learning != "lists":
         return 1 if needs.learning == "thumbs" else 2
     return 4 if splits is None else max(len(row.outputs) for row in splits[0][:NUM_READ])
-
-
-def _num_bytes(text: Conditioning) -> int:
-    return sum(BYTES * x[0].numel() for x in text.tensors.values())
-
-
-def _each(splits: Splits | None) -> Sequence[Any]:
-    return [pairs for pairs in splits or () if pairs is not None]
-
-
-def _num_pairs(splits: Splits | None) -> int:
-    return sum(len(pairs) for pairs in _each(splits))
-
-
-def _num_prompts(splits: Splits | None) -> int:
-    return len({prompt for pairs in _each(splits) for prompt in pairs.prompts()})

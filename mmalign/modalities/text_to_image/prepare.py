@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -87,8 +87,7 @@ def prepare(recipe: Recipe, writer: Writer | None = None) -> Path:
     return path
 
 
-@dataclass(frozen=True)
-class Couples:
+class Couples(NamedTuple):
     """Best image of each prompt, with its scores by its own prompt and by the other prompt of the couple [2N]."""
 
     prompts: Sequence[str]
@@ -125,8 +124,7 @@ def _write_sure(
     """Write the pairs that the reward model is sure of; return their number, and that of all prompts or couples."""
     least, sources = section.min_confidence, sources_of(prompts)
     if couples is not None:
-        judged = couples.prompts, couples.images, couples.own, couples.crossed
-        return write_prompt_pairs(path, *judged, min_confidence=least)
+        return write_prompt_pairs(path, *couples, min_confidence=least)
     read, texts = [source.read() for source in sources] if sources is not None else None, [x.text for x in prompts]
     number, keep_all = section.images_per_prompt, section.keep_all
     return write_pairs(path, texts, images, scores, group=number, min_confidence=least, sources=read, keep_all=keep_all)

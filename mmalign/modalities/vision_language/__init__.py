@@ -19,7 +19,6 @@ from mmalign.modalities.vision_language import (
 from mmalign.pages import answers
 
 MODALITY = Modality(
-    check=lambda _: None,
     check_evaluation=check.check_evaluation,
     check_preparation=check.check_preparation,
     loading_hint=model.loading_hint,
@@ -35,7 +34,6 @@ MODALITY = Modality(
     show=show.show,
     check_samples=previews.check_samples,
     open_previews=previews.open_previews,
-    unusable_rows="images or pairs could not be used",
     open_benchmark=evaluate.open_benchmark,
     score_files=benchmark.score_files,
     doctor_inputs=doctor.doctor_inputs,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mmalign.config import Recipe, ResponseData
 from mmalign.data.caches.array_cache import ArrayCache, cache_folder
 from mmalign.data.caches.image_features import feature_dependencies, tokenizer_dependencies
-from mmalign.data.caches.precompute import PrecomputeCache, PrecomputeSpec
+from mmalign.data.caches.precompute import PrecomputeCache
 from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
 from mmalign.data.formats.labels import Margins
 from mmalign.data.formats.responses import open_responses
@@ -20,13 +19,9 @@ from mmalign.data.loaders.sampler import check_max_bad
 from mmalign.data.splits import split
 from mmalign.families.base import VisionLanguage
 from mmalign.methods import Requirements
-from mmalign.modalities import loading
+from mmalign.modalities import DataRequest, loading
 from mmalign.modalities.vision_language.model import token_limit
 from mmalign.resources import locate
-from mmalign.rewards import ResponseJudge
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -72,20 +67,9 @@ def open_pairs(recipe: Recipe, needs: Requirements) -> Splits:
     return split(pairs, data.validation_fraction, recipe.train.seed)
 
 
-def build_data_module(
-    family: VisionLanguage,
-    recipe: Recipe,
-    splits: Splits,
-    accelerator: Accelerator,
-    needs: Requirements,
-    *,
-    spec: PrecomputeSpec | None = None,
-    reward_model: ResponseJudge | None = None,
-) -> DataModule:
-    """Return the loaders of a recipe's response pairs, with opened caches of features and precomputed tensors.
-
-    The arguments and errors are those of `DataModuleBuilder`; `reward_model` judges responses.
-    """
+def build_data_module(family: VisionLanguage, request: DataRequest) -> DataModule:
+    """Return the loaders of a recipe's response pairs, with opened caches of features and precomputed tensors."""
+    recipe, splits, accelerator, needs, spec, judge = request
     data, seed = recipe.data, recipe.train.seed
     assert isinstance(data, ResponseData)
     longest = token_limit(family.processor, data)
@@ -121,7 +105,7 @@ def build_data_module(
         liked_share=needs.liked_share,
     )
     return DataModule(
-        partial(encode_responses, family, max_length=longest, judge=reward_model),
+        partial(encode_responses, family, max_length=longest, judge=judge),
         *loaders,
         f"{len(splits[0]):,} prompts from {splits[0].source}." if needs.generates else summarize(splits),
         precompute_cache,

@@ -82,13 +82,7 @@ def compare_answers(
 ) -> Result:
     """Score base and trained model on the benchmark's questions.
 
-    Args:
-        recipe: the recipe, with a section `evaluate`.
-        benchmark: the questions, their images and the score.
-        judges: the judges that the section names.
-        policy: the trained model, with the base model as reference.
-        folder: folder for the answers and the gallery's `samples.json`.
-        identity: identity of this evaluation, stored in `samples.json`.
+    The folder gets the answers and the gallery's `samples.json`, with the evaluation's identity.
 
     Returns:
         The content of `result.json`, and a table of it.

@@ -47,6 +47,7 @@ from mmalign.synthesis.similarity import Similarity, is_fallback, load_similarit
 logger = logging.getLogger(__name__)
 
 RULES = "rules"
+Settings = PrepareBdhs | PrepareRealign | PreparePovid | PrepareJudged | DecodingConfig
 
 
 @dataclass(frozen=True)
@@ -62,23 +63,18 @@ class Work:
     dependencies: dict[str, str]
 
 
-def settings_of(
-    section: PrepareResponses,
-) -> PrepareBdhs | PrepareRealign | PreparePovid | PrepareJudged | DecodingConfig:
+def settings_of(section: PrepareResponses) -> Settings:
     """Return the settings of the section's kind, or their defaults."""
-    match section.kind:
-        case "realign":
-            assert section.realign is not None, "the section has been checked"
-            return section.realign
-        case "bdhs":
-            return section.bdhs or PrepareBdhs()
-        case "povid":
-            return section.povid or PreparePovid()
-        case "own":
-            return section.own or DecodingConfig()
-        case "judged":
-            assert section.judged is not None, "the section has been checked"
-            return section.judged
+    by_kind: dict[str, Settings | None] = {
+        "realign": section.realign,
+        "bdhs": section.bdhs or PrepareBdhs(),
+        "povid": section.povid or PreparePovid(),
+        "own": section.own or DecodingConfig(),
+        "judged": section.judged,
+    }
+    settings = by_kind[section.kind]
+    assert settings is not None, "the section has been checked"
+    return settings
 
 
 def load_work(
