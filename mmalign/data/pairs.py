@@ -255,6 +255,7 @@ class Rows(Protocol[P]):
         """Return the annotator of each pair, "" for none, without building the pairs."""
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Pairs(Sequence[P], Generic[P]):
     """Sequence of pairs of one source; subsets (`select`, slices, `split_by_group`) copy indices, not images.
 
@@ -266,19 +267,13 @@ class Pairs(Sequence[P], Generic[P]):
         unread: the columns that nothing reads.
     """
 
-    def __init__(
-        self,
-        source: str,
-        rows: Rows[P],
-        numbers: NDArray[np.int64],
-        dropped: Sequence[SkippedRow] = (),
-        tied: Sequence[str] = (),
-        layout: str = "",
-        unread: Sequence[str] = (),
-    ) -> None:
-        self.source, self.skipped, self.tied = source, tuple(dropped), tuple(tied)
-        self.layout, self.unread = layout, tuple(unread)
-        self._rows, self._numbers = rows, numbers
+    source: str
+    _rows: Rows[P]
+    _numbers: NDArray[np.int64]
+    skipped: Sequence[SkippedRow] = ()
+    tied: Sequence[str] = ()
+    layout: str = ""
+    unread: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -294,8 +289,7 @@ class Pairs(Sequence[P], Generic[P]):
 
     def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Pairs[P]:
         """Return the pairs with these numbers, in this order."""
-        chosen = self._numbers[np.asarray(numbers, dtype=np.int64)]
-        return Pairs(self.source, self._rows, chosen, self.skipped, self.tied, self.layout, self.unread)
+        return replace(self, _numbers=self._numbers[np.asarray(numbers, dtype=np.int64)])
 
     @property
     def ties(self) -> int:

@@ -27,10 +27,7 @@ TEMPLATE = "chat_template"  # common part of the names of chat template files
 _CALLING = ("batch_size", "timeout", "retries", "wait")  # options of a judge's calls, not of its scores
 
 # Entries that record how a part was loaded or last called. They do not affect its results.
-_PASSING = {
-    "tokenizer.json": ("truncation", "padding"),
-    "tokenizer_config.json": ("is_local", "local_files_only"),
-}
+_PASSING = {"tokenizer.json": ("truncation", "padding"), "tokenizer_config.json": ("is_local", "local_files_only")}
 
 
 def fingerprint_weights(net: nn.Module) -> str:

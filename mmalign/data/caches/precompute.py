@@ -123,10 +123,7 @@ class PrecomputeCache:
     ) -> Iterator[dict[str, Tensors]]:
         """Yield the tensors of each batch of the missing pairs, by key; pairs that cannot be read have none.
 
-        Args:
-            loader: the loader of the pairs.
-            missing: numbers of pairs by draw.
-            compute: maps (batch, epoch) to the batch's tensors by name, each [B, ...].
+        `missing` has numbers of pairs by draw. `compute` maps (batch, draw) to tensors by name, each [B, ...].
         """
         for draw, numbers in missing.items():
             for batch in loader.read_pairs(draw, numbers):

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mmalign.data.formats.files import Record, read_list, read_number, read_thumb, shorten
 from mmalign.data.formats.image_files import Image
@@ -61,25 +62,14 @@ class ParsedRow:
         """Images of both sides, then the other images."""
         return self.images + (self.rejected_images or ()) + self.other_images
 
-    def with_turns(self, turns: tuple[Turn, ...]) -> ParsedRow:
-        """Return the row with another prompt."""
-        return replace(self, turns=turns)
-
 
 # Rows of the several rejected responses of a record, or the reasons why one of them cannot be used
 ParsedRows = tuple[ParsedRow | UnusableRowError, ...]
 
 
-def _with(
-    rows: ParsedRows,
-    *,
-    rejected_images: tuple[Image, ...] | None = None,
-    other_images: tuple[Image, ...] = (),
-    hallucinated: str = "",
-) -> ParsedRows:
-    """Return the rows with what further columns hold."""
-    extra = {"rejected_images": rejected_images, "other_images": other_images, "hallucinated": hallucinated}
-    return tuple(replace(row, **extra) if isinstance(row, ParsedRow) else row for row in rows)  # type: ignore[arg-type]
+def _with(rows: ParsedRows, **extra: Any) -> ParsedRows:
+    """Return the rows with the fields that further columns of their record hold."""
+    return tuple(replace(row, **extra) if isinstance(row, ParsedRow) else row for row in rows)
 
 
 def _row(
@@ -158,8 +148,7 @@ def _trl(location: str, row: Record) -> ParsedRows:
     if not prompt and isinstance(row["chosen"], str):
         raise UnusableRowError("has no prompt")
     rows = _pairs(row, prompt, row["chosen"], row["rejected"], _images_in(row))
-    hallucinated = read_text("hallucinated", row.get("hallucinated"))
-    return _with(rows, hallucinated=hallucinated)
+    return _with(rows, hallucinated=read_text("hallucinated", row.get("hallucinated")))
 
 
 def _alpaca(location: str, row: Record) -> ParsedRows:
@@ -243,25 +232,22 @@ def _swift(location: str, row: Record) -> ParsedRows:
         texts = [read_text("rejected_response", one) for one in others] or fallback
         rows = tuple(_row(row, prompt, chosen, text, images) for text in texts)
     # The rejected images belong to every row of the record
-    other = images_of(row.get("rejected_images")) or None
-    return _with(rows, rejected_images=other)
+    return _with(rows, rejected_images=images_of(row.get("rejected_images")) or None)
 
 
 def _answers(location: str, row: Record) -> ParsedRows:
-    images = _images_in(row)
     messages = next((row[name] for name in ("messages", "conversations") if row.get(name) is not None), None)
     if messages is None:
         # An answer in a column of its own
-        answer = read_text("answer", row.get("answer"))
-        parsed = _row(row, read_messages("prompt", row.get("prompt")), answer, None, images)
-        return (replace(parsed, truth=_truth(row, answer)),)
-    # Or the last answer in a conversation; what follows it is left out
-    turns = read_messages("messages", messages)
-    last = max((index for index, message in enumerate(turns) if message.turn.role == "assistant"), default=0)
-    if not last:
-        raise UnusableRowError("no message is the assistant's answer to another")
-    answer = turns[last].turn.text
-    return (replace(_row(row, turns[:last], answer, None, images), truth=_truth(row, answer)),)
+        answer, prompt = read_text("answer", row.get("answer")), read_messages("prompt", row.get("prompt"))
+    else:
+        # Or the last answer in a conversation; what follows it is left out
+        turns = read_messages("messages", messages)
+        last = max((index for index, message in enumerate(turns) if message.turn.role == "assistant"), default=0)
+        if not last:
+            raise UnusableRowError("no message is the assistant's answer to another")
+        answer, prompt = turns[last].turn.text, turns[:last]
+    return (replace(_row(row, prompt, answer, None, _images_in(row)), truth=_truth(row, answer)),)
 
 
 def _truth(row: Record, answer: str) -> tuple[str, ...]:

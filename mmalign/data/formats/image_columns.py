@@ -21,30 +21,20 @@ PROMPTS = ("prompt", "caption", "text", "prompts", "captions", "description", "i
 IMAGES = ("image", "img", "jpg", "path", "file", "picture", "image_path", "img_path")
 LABELS = ("label", "score", "rating", "votes", "vote", "reward", "preference", "num_votes")
 CHOSEN = ("chosen", "winner", "win", "preferred", "better", "good", "best", "positive", "accepted")
-REJECTED = (
-    "rejected",
-    "loser",
-    "lose",
-    "loss",
-    "dispreferred",
-    "unpreferred",
-    "worse",
-    "bad",
-    "worst",
-    "negative",
-)
-WORTHS: tuple[str, ...] = (
-    "overall_rating",
-    "overall_score",
-    "overall",
-    "rating",
-    "reward",
-    "human_score",
-    "votes",
+REJECTED = ("rejected", "loser", "lose", "loss", "dispreferred", "unpreferred", "worse", "bad", "worst", "negative")
+WORTHS: tuple[str, ...] = ("overall_rating", "overall_score", "overall", "rating", "reward", "human_score", "votes")
+WORTHS += (
     "likes",
     "elo",
+    "preference",
+    "aesthetic_score",
+    "aesthetics_score",
+    "quality",
+    "mos",
+    "label",
+    "liked",
+    "good",
 )
-WORTHS += ("preference", "aesthetic_score", "aesthetics_score", "quality", "mos", "label", "liked", "good")
 THUMB = ("liked", "like", "is_liked", "thumb", "thumbs_up", "good", "is_good", "vote", "feedback", "preference")
 SOURCES: tuple[str, ...] = ("source_image", "input_image", "original_image", "reference_image", "control_image")
 SOURCES += ("source_img", "input_img", "original", "input", "image_before", "before", "control", "image")

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ _URL = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+://")
 _DATA_URI = re.compile(r"data:[\w/+.;=-]*,", re.IGNORECASE)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, unsafe_hash=True)
 class StoredImage:
-    """Image in a table or an archive, read on access.
+    """Image in a table or an archive, read on access; its place stands for its content.
 
     Attributes:
         place: the position in its source; two images of one place are the same.
@@ -38,14 +38,8 @@ class StoredImage:
     """
 
     place: Hashable
-    column: str
-    load: Callable[[Any], bytes]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StoredImage) and self.place == other.place
-
-    def __hash__(self) -> int:
-        return hash(self.place)
+    column: str = field(compare=False)
+    load: Callable[[Any], bytes] = field(compare=False)
 
     def read(self) -> bytes:
         """Read the encoded image.

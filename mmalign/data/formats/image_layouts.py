@@ -336,11 +336,7 @@ THUMBS = Layout(
     ("prompt", "image", "label"),
     (),
     _read_thumb,
-    synonyms={
-        "prompt": PROMPTS,
-        "image": SCORES.synonyms["image"],
-        "label": THUMB,
-    },
+    synonyms={"prompt": PROMPTS, "image": SCORES.synonyms["image"], "label": THUMB},
     has_labels=False,
     fits=_has_thumb,
 )

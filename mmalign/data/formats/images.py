@@ -175,16 +175,12 @@ def check_source(
     format: str,
     path: str,
     *,
-    images: str | None = None,
-    split: str | None = None,
-    columns: Columns | None = None,
-    group_by: str | None = None,
     sources: Sources | None = None,
     learning: Learning = "pairs",
     cut_pairs: bool = False,
+    **options: Any,
 ) -> None:
     """Check a source's files and columns, with the arguments and errors of `open_pairs`; no image is read."""
-    options: dict[str, Any] = {"images": images, "split": split, "columns": columns, "group_by": group_by}
     check_files(layouts_for(*layouts(sources), learning, cut_pairs=cut_pairs), format, path, **options)
 
 
@@ -197,18 +193,7 @@ def layouts(sources: Sources | None) -> tuple[Sequence[Layout[Parsed]], Layout[P
 
 
 class ImageRows:
-    """Pairs, thumbs or lists of a source's rows, which are parsed again on access.
-
-    Args:
-        rows: the rows.
-        layout: their layout.
-        reader: the reader of their images.
-        group_by: the column with a pair's group; the prompt if None.
-        learning: the kind of the rows.
-        label: a function that reads the label of a pair from its record.
-        attributes: columns of ratings with their scales.
-        ties: whether two images of equal worth are a pair.
-    """
+    """Pairs, thumbs or lists of a source's rows, which are parsed again on access."""
 
     def __init__(
         self,

@@ -64,14 +64,7 @@ class Layout(Generic[Row]):
     def unread(
         self, columns: Collection[str], group_by: str | None, *, labels: Collection[str], margins: Margins
     ) -> tuple[str, ...]:
-        """Return the columns of files that nothing reads.
-
-        Args:
-            columns: the files' columns.
-            group_by: the column that groups pairs.
-            labels: the fields of the labels that are read.
-            margins: the source of their margins.
-        """
+        """Return the columns of files that nothing reads."""
         scored = margins.kind != "column" and "margin" in labels
         idle = {*FIELDS} - {*labels} | ({"margin"} if scored else {*SCORES, *NUMBERED_SCORES})
         read = {self.column(name) for name in self.columns if name not in idle} | {group_by}
@@ -320,11 +313,7 @@ def recognize(
 ) -> Layout[Row]:
     """Return the layout that accounts for most columns of files, with their names; its `describe` says them.
 
-    Args:
-        layouts: the known layouts.
-        columns: the names of the files' columns.
-        sample: a value of every column.
-        place: the beginning of the error message.
+    `sample` has a value of every column, and messages begin with `place`.
 
     Raises:
         ValueError: no layout fits, or several fit equally well.

@@ -82,7 +82,8 @@ def split_conversations(chosen: Sequence[Message], rejected: Sequence[Message]) 
     Raises:
         UnusableRowError: the conversations are equal, or differ in another turn than an answer.
     """
-    turns = [[message._replace(turn=_bare(message.turn)) for message in side] for side in (chosen, rejected)]
+    # Compared without white space around the texts
+    turns = [[(turn.role, turn.text.strip(), images) for turn, images in side] for side in (chosen, rejected)]
     shortest = min(len(chosen), len(rejected))
     shared = next((n for n in range(shortest) if turns[0][n] != turns[1][n]), shortest)
     if shared == len(chosen) == len(rejected):
@@ -120,10 +121,6 @@ def images_of(value: object) -> tuple[Image, ...]:
     if value is None or value == "":
         return ()
     return tuple(map(_image, value if isinstance(value, list) else [value]))
-
-
-def _bare(turn: Turn) -> Turn:
-    return Turn(turn.role, turn.text.strip())
 
 
 def _message(role: str, text: str, images: Sequence[Image | None] | None = None) -> Message:

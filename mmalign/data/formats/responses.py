@@ -153,19 +153,8 @@ def open_responses(
 ) -> Pairs[ResponsePair]:
     """Index the pairs, thumbs or lists of a source: read and check its texts, without decoding its images.
 
-    Args:
-        format: a format of the module docstring.
-        path: a file, a folder, a glob, or a Hub id.
-        images: the folder that image paths are relative to; the file's folder if not given.
-        split: the start of the files' names, or the name of their folder; on the Hub, the split ("train").
-        columns: map from the format's column names to those in the files.
-        group_by: the column whose groups stay on one side of a validation split; the images if not given.
-        limit: the number of pairs to take from the start; None takes all.
-        margins: the source of the margins of the labels.
-        labels: the fields of the pairs' labels that the caller reads; thumbs and lists have none.
-        learning: the kind of the rows.
-        cut_pairs: make thumbs of pairs; of several responses the best is liked and the worst disliked.
-        truths: drop prompts without a true answer.
+    The arguments are those of `mmalign.data.formats.images.open_pairs`, with a format of the module docstring. By
+    default the images of a pair are its group. `truths` drops prompts without a true answer.
 
     Raises:
         ValueError: a file or column is missing, a row does not match the format, or no pair is left.
@@ -345,4 +334,4 @@ def _with_image_places(parsed: ParsedRow | UnusableRowError, *, is_prompt: bool)
         raise UnusableRowError("the prompt has no user turn")
     turns = list(parsed.turns)
     turns[first] = Turn("user", IMAGE * len(parsed.images) + turns[first].text)
-    return parsed.with_turns(tuple(turns))
+    return replace(parsed, turns=tuple(turns))

@@ -151,8 +151,10 @@ def _image_values(column: ChunkedArray) -> Iterator[object]:
 
 
 def _presence(array: Array) -> list[object]:
+    import pyarrow.types as pt
+
     present = array.is_valid().to_pylist()
-    if not _is_struct(array.type):
+    if not pt.is_struct(array.type):
         return [valid or None for valid in present]
     # Structs have bytes, or else a path
     stored = array.field("bytes").is_valid().to_pylist()
@@ -160,12 +162,6 @@ def _presence(array: Array) -> list[object]:
     paths = array.field("path").to_pylist() if "path" in names else [None] * len(array)
     rows = zip(present, stored, paths, strict=True)
     return [(True if has_bytes else path) if valid else None for valid, has_bytes, path in rows]
-
-
-def _is_struct(kind: DataType) -> bool:
-    import pyarrow.types as pt
-
-    return bool(pt.is_struct(kind))
 
 
 def _item_type(kind: DataType) -> DataType | None:
