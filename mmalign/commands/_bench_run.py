@@ -73,14 +73,9 @@ def build(
     *,
     fill: Callable[..., DataModule] = cache.build_filled_data_module,
 ) -> Run:
-    """Build a run as `mmalign train` does, without writing outside of `folder`.
+    """Build a run as `mmalign train` does, of at most so many updates, without writing outside of `folder`.
 
-    Args:
-        recipe: the recipe of the file; only the pairs that some updates need are read.
-        accelerator: the accelerator of all runs.
-        folder: folder of the caches.
-        updates: the largest number of updates that the run will make.
-        fill: the function that opens the pairs and fills all caches.
+    Only the pairs that the updates need are read; `fill` opens them and fills all caches.
 
     Raises:
         ValueError: `mmalign train` would refuse the recipe, or its pairs do not fill a batch.

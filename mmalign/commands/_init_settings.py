@@ -10,41 +10,30 @@ from mmalign.commands.load_recipe import read_content
 from mmalign.config.methods import find_method
 from mmalign.resources import bundled_recipes
 
-# The end of a shipped recipe's name, by the file of a pipeline's family or the type of a vision-language model. Models
-# without recipes of their own have those of their kin.
-RECIPES = {
+# The end of a shipped recipe's name, by the file of a pipeline's family or the type of a vision-language model
+OWN = {
     "stable_diffusion": "sd15",
     "sdxl": "sdxl",
     "sd3": "sd35m",
     "flux": "flux",
     "flux_kontext": "flux_kontext",
+    "llava": "llava15",
+    "llava_next": "llava16",
+    "qwen2_5_vl": "qwen25vl",
+    "qwen3_vl": "qwen3vl",
+    "paligemma": "paligemma",
+    "smolvlm": "smolvlm",
+}
+# Models without recipes of their own have those of their kin
+RECIPES = OWN | {
     "flux2": "flux",
     "qwen_image": "flux",
     "qwen_image_edit": "flux_kontext",
     "qwen_image_edit_plus": "flux_kontext",
     "z_image": "flux",
     "sana": "sd35m",
-    "llava": "llava15",
-    "llava_next": "llava16",
     "qwen2_vl": "qwen25vl",
-    "qwen2_5_vl": "qwen25vl",
-    "qwen3_vl": "qwen3vl",
-    "paligemma": "paligemma",
     "idefics3": "smolvlm",
-    "smolvlm": "smolvlm",
-}
-OWN = {
-    "stable_diffusion",
-    "sdxl",
-    "sd3",
-    "flux",
-    "flux_kontext",
-    "llava",
-    "llava_next",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "paligemma",
-    "smolvlm",
 }
 USUAL = {"text_to_image": ("diffusion_dpo", "sd35m"), "vision_language": ("dpo", "llava15")}  # method and model
 # A judge for methods that need one: PickScore, or a vision-language model that is asked about each answer
@@ -78,18 +67,12 @@ class Settings:
 
 
 def find_settings(modality: str, family: str, method: str) -> Settings:
-    """Return the settings of the shipped recipe nearest to a model's family and a method, with LoRA if there is one.
-
-    Args:
-        modality: "text_to_image" or "vision_language".
-        family: the file of a pipeline's family, or the type of a vision-language model.
-        method: the method's name.
-    """
+    """Return the settings of the shipped recipe nearest to a model's family and a method, with LoRA if there is one."""
     recipes = bundled_recipes()
     usual, other = USUAL[modality]
     model, unknown = RECIPES.get(family, other), list[str]()
     # The method for this model, else the usual method for it, else the usual method for the usual model
-    named = [(m, n) for m, n in ((method, model), (usual, model), (usual, other))]
+    named = ((method, model), (usual, model), (usual, other))
     name = next(
         path for m, n in named for end in ("_lora", "", "_full") if (path := f"{modality}/{m}_{n}{end}") in recipes
     )

@@ -18,12 +18,9 @@ _FENCE = "---"
 
 
 def card(trained: TrainedModel, form: str, table: Sequence[Sequence[str]] | None) -> str:
-    """Return the model card: metadata for the Hub, verdict, evaluation, use, data and recipe.
+    """Return the model card of files of a form: metadata for the Hub, verdict, evaluation, use, data and recipe.
 
-    Args:
-        trained: the trained model.
-        form: the form of the files beside the card.
-        table: the table of its evaluation, header first; None if it was not evaluated.
+    `table` is that of the evaluation, header first; None if there was none.
     """
     recipe, info = trained.recipe, trained.info
     base, method = recipe.model.path, recipe.method.name

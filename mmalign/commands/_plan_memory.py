@@ -44,44 +44,36 @@ class Memory:
 
     Attributes:
         networks: weights of each network, by name; the trained one includes its adapters.
-        leaving: networks that leave the device once their outputs are cached.
+        example: the batches, what leaves the device, and the caches.
         reference: weights of the frozen copy.
         gradients: gradients of the trained weights.
         optimizer: state of the optimizer, and moving average.
         lagging: lagging copies of the trained weights.
         encoding: activations of the encoders for one image and one prompt.
-        cache_bytes: bytes on the disk by cache.
         checkpoint: bytes of a checkpoint on the disk.
-        about: the size of an example.
-        remedies: assignments that save memory in this modality alone.
-        apart: true if only one network is on the device at a time before training.
         activations: activations, and all else that lives for a micro-batch of so many pairs only.
     """
 
     networks: dict[str, int]
-    leaving: tuple[str, ...]
+    example: Example
     reference: int
     gradients: int
     optimizer: int
     lagging: int
     encoding: int
-    cache_bytes: dict[str, int]
     checkpoint: int
-    about: str
-    remedies: tuple[str, ...]
-    apart: bool
     activations: Callable[[int], int]
 
     def training(self, batch_size: int, *, all_stay: bool = False) -> int:
         """Return the peak of an update; `all_stay` if no network leaves, as on a CPU."""
-        stay = sum(size for name, size in self.networks.items() if all_stay or name not in self.leaving)
+        stay = sum(size for name, size in self.networks.items() if all_stay or name not in self.example.leaving)
         fixed = self.reference + self.gradients + self.optimizer + self.lagging
         return stay + fixed + self.activations(batch_size)
 
     @property
     def preparing(self) -> int:
         """The peak before the first update: all networks, or the largest one, and the encoders' activations."""
-        return (max if self.apart else sum)(self.networks.values()) + self.encoding
+        return (max if self.example.apart else sum)(self.networks.values()) + self.encoding
 
 
 class _LiveBytes(LiveBytes):  # type: ignore[no-untyped-call]
@@ -103,12 +95,9 @@ def _is_mask(index: Tensor | None) -> bool:
 
 
 def estimate(recipe: Recipe, splits: Splits | None, *, on_card: bool) -> Memory:
-    """Return the memory of a recipe's training.
+    """Return the memory of a recipe's training, by its pairs if they are at hand.
 
-    Args:
-        recipe: the recipe.
-        splits: its pairs, or None if they are not at hand.
-        on_card: true for a CUDA device, false for a CPU, where autocast has other precisions.
+    A CPU, which is not `on_card`, has other precisions under autocast.
 
     Raises:
         ValueError: the model's configurations are not at hand, or the model cannot be trained as the recipe asks.
@@ -141,17 +130,13 @@ def estimate(recipe: Recipe, splits: Splits | None, *, on_card: bool) -> Memory:
     lagging = gradients * sum(rule is not None for rule in (recipe.method.reference, needs.old))
     return Memory(
         networks,
-        tuple(example.leaving),
+        replace(example, apart=example.apart and on_card),
         reference,
         gradients,
         state + average,
         lagging,
         memory.peak - before,
-        example.cache_bytes,
         gradients + state + average + lagging,
-        example.about,
-        example.remedies,
-        example.apart and on_card,
         _Activations(recipe, policy, example, precomputed=precomputed, on_card=on_card),
     )
 

@@ -22,14 +22,7 @@ _SOURCES = {"path", "format", "split", "columns", "images", "num_workers", "cach
 
 
 def identify(recipe: Recipe, family: Family, pairs: Sequence[Row], num_processes: int) -> dict[str, str]:
-    """Return the identity of a run; a checkpoint resumes only a run of the same identity.
-
-    Args:
-        recipe: the recipe to train.
-        family: the model as loaded.
-        pairs: the training pairs.
-        num_processes: processes of the launch.
-    """
+    """Return the identity of a run on these training pairs; a checkpoint resumes only a run of the same identity."""
     lora, options = recipe.model.lora, recipe.train
     targets = " ".join(loading.lora_targets(family, lora))
     adapter = recipe.model.adapter

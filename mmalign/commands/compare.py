@@ -16,8 +16,9 @@ import logging
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mmalign import atomic_io
 from mmalign.atomic_io import atomic_write
@@ -26,7 +27,7 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
 from mmalign.evaluation.best_of import describe_bound
 from mmalign.evaluation.comparison import TableRow, add_differences
-from mmalign.evaluation.metrics import summarize_runs
+from mmalign.evaluation.metrics import Metrics, RunStatistics, summarize_runs
 from mmalign.methods import requirements_of
 from mmalign.modalities import Samples, modality_of
 from mmalign.pages.comparison import as_markdown, plot_curve
@@ -142,7 +143,7 @@ def _load(sources: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]
     # What must be equal for all
     for name, other in others:
         for key in ("model.path", "model.revision", "evaluate"):
-            values = [_setting(recipe, key) for recipe in (first, other)]
+            values = [attrgetter(key)(recipe) for recipe in (first, other)]
             if values[0] != values[1]:
                 raise ValueError(
                     f"compare: {key} differs between {first_name} and {name} ({values[0]!r} and {values[1]!r}); give "
@@ -157,22 +158,8 @@ def _samples_of(recipe: Recipe) -> Samples:
     return samples
 
 
-def _setting(recipe: Recipe, key: str) -> Any:
-    value: Any = recipe
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def _stages(
-    name: str,
-    recipe: Recipe,
-    source: str,
-    *,
-    seeds: int,
-    output: Path,
-    pairs: Sequence[int],
-    overrides: Sequence[str],
+    name: str, recipe: Recipe, source: str, *, seeds: int, output: Path, pairs: Sequence[int], overrides: Sequence[str]
 ) -> Iterator[Stage]:
     """Yield the stages of a recipe's runs, the shortest first."""
     options = recipe.train
@@ -261,7 +248,7 @@ def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow
     metrics = [[_samples_of(recipe).metrics(recipe) for recipe in stage.runs] for stage in plan]
     base, first_run = metrics[0][0][0], plan[0].runs[0]
     best_of_n = _samples_of(first_run).best_of(first_run)
-    rows = [TableRow("base", "", None, 1, 0, 0.0, [(some, summarize_runs(some, [some])) for some in base])]
+    rows = [TableRow("base", "", None, 1, 0, 0.0, _summarize(base, [base]))]
     for length in lengths:
         of_length: list[TableRow] = []
         stages = [(stage, runs) for stage, runs in zip(plan, metrics, strict=True) if length in stage.lengths]
@@ -269,20 +256,22 @@ def _rows(plan: Sequence[Stage], lengths: Sequence[int | None]) -> list[TableRow
             first, number = stage.runs[0], len(runs)
             # Means over the seeds
             seconds = sum(read_run_info(Path(recipe.output) / "model").seconds for recipe in stage.runs) / number
-            by_benchmark = zip(base, zip(*(after for _, after in runs), strict=True), strict=True)
-            measured = [(before, summarize_runs(before, after)) for before, after in by_benchmark]
-            name, pairs = stage.name, _num_pairs(first)
-            of_length.append(TableRow(name, first.method.name, length, number, pairs, seconds, measured))
+            measured, pairs = _summarize(base, [after for _, after in runs]), _num_pairs(first)
+            of_length.append(TableRow(stage.name, first.method.name, length, number, pairs, seconds, measured))
         # Every recipe of this length against the others, paired by seed
         trained = [[after for _, after in runs] for _, runs in stages]
         for n, best in best_of_n.items():  # chosen from the base model alone, so the same for every seed
             repeated = [best] * len(trained[0])
-            by_benchmark = zip(base, zip(*repeated, strict=True), strict=True)
-            measured = [(before, summarize_runs(before, after)) for before, after in by_benchmark]
+            measured = _summarize(base, repeated)
             of_length.append(TableRow(f"best of {n}", describe_bound(n), length, len(repeated), 0, 0.0, measured))
             trained.append(repeated)
         rows += add_differences(rows[0], of_length, trained, BASELINES)
     return rows
+
+
+def _summarize(base: Sequence[Metrics], runs: Sequence[Sequence[Metrics]]) -> list[tuple[Metrics, RunStatistics]]:
+    """Return the base model's metrics of each benchmark, with the statistics of the runs."""
+    return [(before, summarize_runs(before, after)) for before, *after in zip(base, *runs, strict=True)]
 
 
 # --------------------------------------------------------------------------------------------------------- output files

@@ -14,10 +14,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mmalign.commands.load_recipe import RENAMED, recipe_class
+from mmalign.config import Recipe
 from mmalign.config.base import Choice, Section
 from mmalign.config.methods import METHODS
 
 _TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+_LIMITS = {
+    Ge: ">= {0.ge}",
+    Gt: "> {0.gt}",
+    Le: "<= {0.le}",
+    Lt: "< {0.lt}",
+    MinLen: "at least {0.min_length}",
+    MaxLen: "at most {0.max_length}",
+}
 
 
 @dataclass(frozen=True)
@@ -100,16 +109,14 @@ def list_options() -> list[Option]:
         for option in options:
             scopes.setdefault(option, []).append(name)
     paths = list(dict.fromkeys(option.path for options in by_method.values() for option in options))
-    paths.sort(key=lambda path: _ORDER.index(path.partition(".")[0]))
+    sections = list(Recipe.model_fields)
+    paths.sort(key=lambda path: sections.index(path.partition(".")[0]))
     return [
         replace(option, scopes=() if len(names) == len(by_method) else _scope_names(names))
         for path in paths
         for option, names in scopes.items()
         if option.path == path
     ]
-
-
-_ORDER = ["method", "model", "data", "train", "limits", "evaluate", "gallery", "prepare", "allow_pickle", "output"]
 
 
 def _method_names() -> list[str]:
@@ -190,22 +197,7 @@ def _words(annotation: Any) -> str:
 
 def _limits(metadata: list[Any]) -> list[str]:
     """Return the limits in a field's metadata, such as ">= 0"."""
-    limits = list[str]()
-    for marker in metadata:
-        match marker:
-            case Ge(ge=bound):
-                limits.append(f">= {bound}")
-            case Gt(gt=bound):
-                limits.append(f"> {bound}")
-            case Le(le=bound):
-                limits.append(f"<= {bound}")
-            case Lt(lt=bound):
-                limits.append(f"< {bound}")
-            case MinLen(min_length=length):
-                limits.append(f"at least {length}")
-            case MaxLen(max_length=length):
-                limits.append(f"at most {length}")
-    return limits
+    return [_LIMITS[type(marker)].format(marker) for marker in metadata if type(marker) in _LIMITS]
 
 
 def _default(field: FieldInfo) -> str:

@@ -167,11 +167,7 @@ def _write(draft: _Draft, tree: dict[str, Any], kind: str, settings: Settings, o
 
 
 def _recognize_data(
-    data: str,
-    modality: str,
-    given: Mapping[str, Any],
-    layouts: Sequence[Layout[Any]],
-    thumbs: Layout[Any] | None,
+    data: str, modality: str, given: Mapping[str, Any], layouts: Sequence[Layout[Any]], thumbs: Layout[Any] | None
 ) -> dict[str, object]:
     """Return the section `data` for the layout of files: path, format and the names of columns; `given` is set already.
 

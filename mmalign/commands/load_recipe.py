@@ -107,7 +107,7 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Sequence[s
     location = str(source) if isinstance(source, str | Path) else "recipe"
     content = _parse(_read(source), location) if isinstance(source, str | Path) else source
     if not isinstance(content, Mapping):
-        raise ValueError(f"{location}: expected a mapping of sections, {_describe_value(content)}")
+        raise ValueError(f"{location}: expected a mapping of sections, got {_shown(content)}")
     if isinstance(source, str | Path):
         content = _at_home(source, content)
     tree = override(dict(content), overrides)
@@ -117,8 +117,7 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Sequence[s
     method = tree.get("method")
     if not isinstance(method, Mapping) or not isinstance(method.get("name"), str):
         raise ValueError(
-            f"{location}: method: expected a mapping with a name, such as {{name: diffusion_dpo}}, "
-            f"{_describe_value(method)}"
+            f"{location}: method: expected a mapping with a name, such as {{name: diffusion_dpo}}, got {_shown(method)}"
         )
     try:
         schema = recipe_class(method["name"])
@@ -196,7 +195,7 @@ def read_content(path: Path) -> dict[str, object]:
     """
     content = _parse(_read(path), str(path))
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a mapping of sections, {_describe_value(content)}")
+        raise ValueError(f"{path}: expected a mapping of sections, got {_shown(content)}")
     return content
 
 
@@ -305,7 +304,7 @@ _TYPES = {
 
 def _explain(schema: type[BaseModel], parent: type[BaseModel], path: list[str], errors: Sequence[ErrorDetails]) -> str:
     """Return the sentence for one wrong key: the value, the expectation and the remedy."""
-    error, key, got = errors[0], ".".join(path), _describe_value(errors[0]["input"])
+    error, key, got = errors[0], ".".join(path), f"got {_shown(errors[0]['input'])}"
     kind = error["type"]
     # Unknown and missing keys
     if kind == "extra_forbidden":
@@ -342,10 +341,6 @@ def _closest_choice(error: ErrorDetails) -> str:
     choices = re.findall(r"'(.*?)'", error["msg"]) if error["type"] == "literal_error" else []
     near = difflib.get_close_matches(str(error["input"]), choices, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _describe_value(value: object) -> str:
-    return f"got {_shown(value)}"
 
 
 def _shown(value: object) -> str:

@@ -130,14 +130,10 @@ def compute(recipe: Recipe, memory: float | None, *, probe: bool = False) -> Pla
 def make_plan(
     recipe: Recipe, splits: Splits | None, updates: str, memory: float | None, *, probe: bool = False
 ) -> Plan:
-    """Return the costs of a recipe's training.
+    """Return the costs of a recipe's training, as `compute` does, by its pairs if they are at hand.
 
-    Args:
-        recipe: the recipe.
-        splits: its pairs, or None if they are not at hand.
-        updates: a sentence with pairs, updates and epochs.
-        memory: memory of the card, in GiB; None for a CPU.
-        probe: also load the model, make two updates, and measure their peak.
+    `updates` is a sentence with pairs, updates and epochs. With `probe` the model is loaded, to measure the peak of two
+    updates.
 
     Raises:
         ValueError: the model's configurations are not at hand, or the model cannot be trained as the recipe asks.
@@ -146,20 +142,21 @@ def make_plan(
     # Building the model logs what training will log
     with muted():
         estimated = estimate(recipe, splits, on_card=on_card)
+        example = estimated.example
         size = recipe.train.batch_size
         peak = _peak(estimated, size, on_card=on_card)
         limit = None if memory is None else int(memory * GIB * (1 - MARGIN))
         return Plan(
             _parts(estimated, on_card=on_card),
-            {name: estimated.networks[name] for name in estimated.leaving} if on_card else {},
+            {name: estimated.networks[name] for name in example.leaving} if on_card else {},
             {number: estimated.activations(number) for number in sorted({*BATCHES, size})},
             peak,
             estimated.preparing,
             None if limit is None else _largest_batch(estimated, limit),
-            {**estimated.cache_bytes, "checkpoints": _checkpoints(recipe, estimated)},
-            estimated.about,
+            {**example.cache_bytes, "checkpoints": _checkpoints(recipe, estimated)},
+            example.about,
             updates,
-            [] if limit is None or peak <= limit else list(_remedies(recipe, splits, limit, estimated.remedies)),
+            [] if limit is None or peak <= limit else list(_remedies(recipe, splits, limit, example.remedies)),
             _probe(recipe) if probe else None,
         )
 
@@ -187,7 +184,8 @@ def _open_pairs(recipe: Recipe) -> tuple[Splits | None, str]:
 
 def _parts(memory: Memory, *, on_card: bool) -> dict[str, int]:
     """Return the bytes by part during training, without activations and without networks that leave the device."""
-    staying = {name: size for name, size in memory.networks.items() if not on_card or name not in memory.leaving}
+    leaving = memory.example.leaving if on_card else ()
+    staying = {name: size for name, size in memory.networks.items() if name not in leaving}
     parts = {f"weights: {name}": size for name, size in staying.items()}
     parts |= {
         "weights: frozen reference": memory.reference,

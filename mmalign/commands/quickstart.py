@@ -20,11 +20,7 @@ RECIPE = "configs/{}/quickstart.yaml"
 
 
 def quickstart(
-    modality: str = "text_to_image",
-    *,
-    seed: int = 0,
-    generate: bool = False,
-    output: Path | None = None,
+    modality: str = "text_to_image", *, seed: int = 0, generate: bool = False, output: Path | None = None
 ) -> dict[str, Any]:
     """Align a bundled model, evaluate it, and write the numbers and a gallery.
 

@@ -87,15 +87,8 @@ def generate_answers(
     a prompt too long, all questions about that image are left out for both models. Random numbers are keyed by the
     question.
 
-    Args:
-        policy: the trained model, with the base model as reference.
-        questions: the names of images, each with a question.
-        images: an image by its name.
-        decoding: the decoding settings.
-        seed: seed of sampling.
-        caches: the answers of the reference and of the policy so far.
-        candidates: the reference's further answers so far, for each of n to sample.
-        sampling: the decoding settings of these; as the others by default.
+    A question is the name of an image with a text. `caches` have the answers of the reference and of the policy so far,
+    `candidates` the reference's further answers, sampled by the settings `sampling`.
     """
     sampled = sampling or decoding
     # One answer of either model to each question, and n more of the reference

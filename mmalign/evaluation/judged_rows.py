@@ -37,11 +37,6 @@ def judge_rows(pairs: Sequence[ImagePair], judges: Judges, *, batch_size: int) -
     """Score the images of all rows; rows with an unreadable image are left out and named in the log.
 
     The processes of a launch take the batches in turn, so that their number does not change a score.
-
-    Args:
-        pairs: the rows.
-        judges: the judges, by name.
-        batch_size: rows that are scored at a time.
     """
     processes, judged, bad = current_processes(), list[JudgedRow](), list[SkippedRow]()
     for index, start in enumerate(tracked(range(0, len(pairs), batch_size), "judge images")):
@@ -87,10 +82,6 @@ def measure(image: Image.Image, num_bytes: int) -> dict[str, float]:
 
     Brightness and contrast are mean and standard deviation of the luma, from 0 to 1. Colourfulness is that of Hasler
     and Suesstrunk (Human Vision and Electronic Imaging 2003), for channels from 0 to 1.
-
-    Args:
-        image: the image.
-        num_bytes: the size of its file.
     """
     luma = np.asarray(image.convert("L"), dtype=np.float64) / 255
     red, green, blue = np.moveaxis(np.asarray(image, dtype=np.float64) / 255, -1, 0)

@@ -143,13 +143,6 @@ def bdhs(
     random place and lets the model continue from the true words before the cut. A text is accepted if it differs enough
     from the true answer. The last of several attempts generates a whole unguided answer, which is always accepted.
 
-    Args:
-        sampler: the model that is to hallucinate.
-        rows: the true answers, N.
-        features: the features of their images.
-        masking: the settings.
-        similarity: the measure of `masking.max_similarity`, from which a text is too similar to the true answer.
-
     Returns:
         N completions. A text may be empty, or equal the true answer if the model knows it without looking.
 

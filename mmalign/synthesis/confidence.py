@@ -14,11 +14,7 @@ def log_odds(probability: float) -> float:
 def is_sure(scores: Sequence[float], min_confidence: float) -> bool:
     """Return whether the best output beats the worst with probability `1 / (1 + exp(worst - best))` or more.
 
-    Equal scores are never sure, since they prefer nothing.
-
-    Args:
-        scores: the judge's scores, in units whose difference is a log-odds.
-        min_confidence: the least probability, at least 0.5.
+    Equal scores are never sure, since they prefer nothing. A difference of scores is a log-odds.
     """
     best, worst = max(scores), min(scores)
     return best > worst and best - worst >= log_odds(min_confidence)

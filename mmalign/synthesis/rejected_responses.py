@@ -99,8 +99,7 @@ def hallucinated(
         completions = bdhs(sampler, rows, features, masking, similarity)
         return [
             RejectedResponse(
-                c.text,
-                {"tries": c.tries, "similarity": round(c.similarity, 4), **({CUT: True} if c.is_cut else {})},
+                c.text, {"tries": c.tries, "similarity": round(c.similarity, 4), **({CUT: True} if c.is_cut else {})}
             )
             for c in completions
         ]
@@ -218,13 +217,7 @@ class ReAlign:
 class ImageIndex:
     """Index of each image's nearest neighbours among the images of some pairs.
 
-    `bad` has the reason why an image is unusable, by its key.
-
-    Args:
-        pairs: the pairs whose images are indexed.
-        embed: a function from images to unit vectors [N, E].
-        candidates: the maximum number of neighbours per image.
-        batch_size: the number of images embedded at a time.
+    `embed` maps images to unit vectors [N, E]. `bad` has the reason why an image is unusable, by its key.
     """
 
     def __init__(
@@ -344,12 +337,7 @@ ROWS = 1024  # rows of the cosine matrix in memory at once
 
 
 def nearest(vectors: Tensor, number: int) -> list[list[int]]:
-    """Return the positions of each image's nearest neighbours, nearest first, without itself and its copies.
-
-    Args:
-        vectors: [N, E], of length 1.
-        number: the maximum number of neighbours.
-    """
+    """Return the places of the nearest neighbours of unit vectors [N, E], nearest first, without itself and copies."""
     neighbours: list[list[int]] = []
     for block in torch.split(vectors, ROWS):
         cosines = block @ vectors.T

@@ -100,11 +100,7 @@ def _found(text: str, vocabulary: Vocabulary) -> Iterator[Segment]:
         if not is_colour:
             yield Segment("object", mention.object, mention.start, mention.end)
     # Relations, colours and numbers
-    rest: tuple[tuple[Kind, re.Pattern[str]], ...] = (
-        ("relation", _RELATION),
-        ("colour", _COLOUR),
-        ("number", _NUMBER),
-    )
+    rest: tuple[tuple[Kind, re.Pattern[str]], ...] = (("relation", _RELATION), ("colour", _COLOUR), ("number", _NUMBER))
     # Numbers of a numbered list state nothing about an image
     markers = [match.span() for match in _MARKER.finditer(text)]
     for kind, pattern in rest:

@@ -60,7 +60,7 @@ def row(name: str) -> str:
                 peaks[f"{kind or 'bfloat16'}, offload"] = max(apart, memory.training(1))
     order = sorted(peaks, key=lambda what: ("nf4" in what, "int8" in what, "offload" in what))
     fits = [next((what for what in order if peaks[what] <= card * GIB * (1 - MARGIN)), "-") for card in CARDS]
-    size = f"{side} x {side}" if side else memory.about
+    size = f"{side} x {side}" if side else memory.example.about
     return f"| {about} | {size} | {' | '.join([*cells, *fits])} |"
 
 

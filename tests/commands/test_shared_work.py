@@ -59,11 +59,7 @@ def test_pieces_are_dealt_out_once() -> None:
 
 @pytest.mark.parametrize("command", [evaluate.evaluate, prepare.prepare, bench.bench, partial(plan.plan, probe=True)])
 def test_a_process_waits_as_long_as_the_recipe_says(
-    command: Callable[[Any], object],
-    tiny_sd15: Path,
-    tiny_clip: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[[Any], object], tiny_sd15: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     minutes = list[object]()
 

@@ -216,10 +216,7 @@ def test_no_images_are_drawn_to_look_at_a_loss(steps_of_spo: dict[str, Any], mon
         ("method.reward.path=models/no_judge", "method.reward.path: there is no file or folder 'models/no_judge'"),
         ("method.reward.name=stepaware", "reward: there is no 'stepaware'"),
         ("data={format: prompts, path: none.txt}", "data.path: none.txt does not exist; expected a text file with"),
-        (
-            "data.flip=true",
-            "data.flip: means nothing here: method.name: spo generates its own images, and",
-        ),
+        ("data.flip=true", "data.flip: means nothing here: method.name: spo generates its own images, and"),
         ("data.num_workers=2", r"data.num_workers: .* from the pairs of data.path; leave num_workers out"),
         ("data={format: prompts, path: a.txt, split: train}", r"data.split: .* text file with .*; leave split out"),
         ("data={format: prompts, path: a.txt, columns: {a: b}}", "data.columns: means nothing here"),

@@ -97,11 +97,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Spy:
 def test_untrained_adapters_answer_like_the_base(fresh: Policy[VisionLanguage], tmp_path: Path) -> None:
     """Greedily and with drawn tokens: the draws are keyed by the question, so that they are the same for both."""
     for temperature in (0.0, 1.5):
-        responses = ask(
-            fresh,
-            tmp_path / str(temperature),
-            decoding=sampled(temperature, 4),
-        )
+        responses = ask(fresh, tmp_path / str(temperature), decoding=sampled(temperature, 4))
         assert set(responses.before) == set(QUESTIONS) and responses.before == responses.after
         assert any(responses.before.values()) and not responses.skipped
 
@@ -118,12 +114,7 @@ def test_trained_adapters_are_active_for_one_side(trained: Policy[VisionLanguage
 def test_answers_do_not_depend_on_the_batch(trained: Policy[VisionLanguage], tmp_path: Path) -> None:
     together = ask(trained, tmp_path / "together", decoding=sampled(1.0, 6))
     for question in QUESTIONS:
-        alone = ask(
-            trained,
-            tmp_path / "-".join(question),
-            [question],
-            sampled(1.0, 1),
-        )
+        alone = ask(trained, tmp_path / "-".join(question), [question], sampled(1.0, 1))
         assert (alone.before[question], alone.after[question]) == (together.before[question], together.after[question])
 
 

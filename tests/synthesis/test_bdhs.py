@@ -13,13 +13,7 @@ from mmalign.families.types import GeneratedText
 from mmalign.language.chat import Turn
 from mmalign.language.tokens import TokenizedResponse
 from mmalign.rng import KeyedRNG
-from mmalign.synthesis.bdhs import (
-    Completion,
-    GroundTruthAnswer,
-    ResponseSampler,
-    bdhs,
-    too_long_reason,
-)
+from mmalign.synthesis.bdhs import Completion, GroundTruthAnswer, ResponseSampler, bdhs, too_long_reason
 from mmalign.synthesis.sentence_cuts import STOPS
 from mmalign.synthesis.similarity import Similarity, load_similarity
 from tests.helpers.vlm_reference import PICTURES

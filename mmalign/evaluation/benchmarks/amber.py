@@ -187,10 +187,7 @@ def match_objects(
 
 
 def score_generative(
-    responses: Mapping[int, str],
-    annotations: Annotations,
-    nouns: Nouns = nouns_by_rule,
-    similar: Similar | None = None,
+    responses: Mapping[int, str], annotations: Annotations, nouns: Nouns = nouns_by_rule, similar: Similar | None = None
 ) -> Metrics:
     """Return CHAIR, Cover, Hal, Cog and the mean length in words (at white space) of descriptions.
 

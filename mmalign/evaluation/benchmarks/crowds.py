@@ -50,8 +50,7 @@ def benchmark(pictures: int, split: Literal["validation", "test"], seed: int) ->
         return crowds.render(by_name[name])
 
     return combine(
-        caption_benchmark(questions, objects, words(), draw),
-        yes_no_benchmark(yes_no_questions, draw, parse_strict),
+        caption_benchmark(questions, objects, words(), draw), yes_no_benchmark(yes_no_questions, draw, parse_strict)
     )
 
 

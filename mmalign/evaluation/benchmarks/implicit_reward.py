@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,22 +25,7 @@ from mmalign.methods.vision_language import _responses
 from mmalign.policy import Policy, Scores
 from mmalign.rng import KeyedRNG
 
-
-class Weighted(Protocol):
-    """Batch with the id of each pair, and a weight; 0 for padding."""
-
-    @property
-    def rows(self) -> list[int]:
-        """The ids [B]."""
-        ...
-
-    @property
-    def weights(self) -> Tensor:
-        """The weights [B]."""
-        ...
-
-
-B = TypeVar("B", bound=Weighted)
+B = TypeVar("B", EncodedPairs, EncodedResponses)
 # Takes a batch, random numbers and the index of a draw; returns a function from a network to its scores of both sides.
 Score = Callable[[B, KeyedRNG, int], Callable[[nn.Module], Scores]]
 

@@ -26,12 +26,8 @@ def audit(
     """Return root mean squared errors and rank correlations by attribute, and a table; intervals are over groups.
 
     Attributes with ratings in fewer than two groups are left out. The error is in the unit of the ratings. `spread` is
-    the ratings' standard deviation, the error of a prediction that is always their mean.
-
-    Args:
-        pairs: the data set, whose images have ratings.
-        rows: the predictions of its rows.
-        names: the attributes, in the order of the ratings.
+    the ratings' standard deviation, the error of a prediction that is always their mean. `names` are in the order of
+    the ratings.
     """
     part = dict[str, object]()
     table = Table([("attribute", "images", "spread", "error after", "rank correlation")])

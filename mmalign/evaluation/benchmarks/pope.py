@@ -129,9 +129,7 @@ def parse_published(answer: str) -> bool:
 
 
 def score(
-    questions: Mapping[str, Sequence[Question]],
-    answers: Mapping[str, Sequence[str]],
-    parse: Parse = parse_published,
+    questions: Mapping[str, Sequence[Question]], answers: Mapping[str, Sequence[str]], parse: Parse = parse_published
 ) -> Metrics:
     """Return accuracy, precision, recall, F1, yes rate and unclear rate of every split.
 

@@ -179,7 +179,7 @@ def test_a_run(name: str, vlm_folders: Folders, tmp_path: Path, caplog: pytest.L
     assert "features" not in kinds and kinds
     splits = modality_of(recipe).open_pairs(recipe, requirements_of(recipe.method))
     memory = estimate(recipe, splits, on_card=True)
-    assert not memory.leaving and "features" not in memory.cache_bytes
+    assert not memory.example.leaving and "features" not in memory.example.cache_bytes
 
 
 def test_names_of_a_pickled_adapter_are_not_read(tmp_path: Path) -> None:
