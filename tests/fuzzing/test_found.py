@@ -127,7 +127,7 @@ def test_ids_of_benchmarks(odd: object, tmp_path: Path) -> None:
     asked = write_jsonl(tmp_path / "questions.jsonl", question)
     said = write_jsonl(tmp_path / "answers.jsonl", {"question_id": odd, "text": "Yes", "response": "Yes"})
     with pytest.raises(ValueError, match=r"answers.jsonl: line 1: question_id is"):
-        pope.read_answers(said, pope.read_questions(asked))
+        pope.read_answers(said, pope.read_splits({"pope": asked})["pope"])
     with pytest.raises(ValueError, match=r"answers.jsonl: line 1: id is"):
         amber.read_responses(said)
 

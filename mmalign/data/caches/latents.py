@@ -39,12 +39,6 @@ def encode_latents(
         }
 
 
-def encode_texts(family: TextToImage, prompts: Sequence[str]) -> Iterator[Items]:
-    """Yield the conditioning of each prompt."""
-    for prompt in prompts:
-        yield {text_key(prompt): {name: x[0].cpu() for name, x in encode_prompts(family, [prompt]).tensors.items()}}
-
-
 class Edit(NamedTuple):
     """A prompt, empty for none, with a view of the source image that the text encoder sees."""
 
@@ -63,11 +57,11 @@ class Edit(NamedTuple):
         return prepare(image, self.size, mirror=self.mirror, pad=self.pad)[0][None]
 
 
-def encode_edits(family: TextToImage, edits: Mapping[str, Edit]) -> Iterator[Items]:
-    """Yield the text conditioning of each edit, by its key."""
-    for key, edit in edits.items():
-        cond = encode_prompts(family, [edit.prompt], edit.pixels())
-        yield {key: {name: x[0].cpu() for name, x in cond.tensors.items()}}
+def encode_texts(family: TextToImage, texts: Mapping[str, str | Edit]) -> Iterator[Items]:
+    """Yield the conditioning of each prompt or edit, by its key."""
+    for key, text in texts.items():
+        prompt, source = (text, None) if isinstance(text, str) else (text.prompt, text.pixels())
+        yield {key: {name: x[0].cpu() for name, x in encode_prompts(family, [prompt], source).tensors.items()}}
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ class Encoder:
         if self.unconditional is not None and not any(prompts):
             text = self.unconditional.expand(len(prompts))
         elif self.text is not None:
-            rows = [self.text.get(text_key(p, key)) for p, key in zip(prompts, _keys(prompts, seen), strict=True)]
+            keys = seen.keys if seen is not None else [""] * len(prompts)
+            rows = [self.text.get(text_key(prompt, key)) for prompt, key in zip(prompts, keys, strict=True)]
             text = Conditioning({name: torch.stack([row[name] for row in rows]).float() for name in rows[0]})
         else:
             text = encode_prompts(self.family, prompts, seen.pixels if seen is not None else None)
@@ -104,10 +105,6 @@ class Encoder:
             return text
         assert sources.latents is not None, "sources are encoded before the prompts"
         return Conditioning({**text.tensors, SOURCE: sources.latents.to(device)})
-
-
-def _keys(prompts: Sequence[str], sources: SourceImages | None) -> Sequence[str]:
-    return sources.keys if sources is not None else [""] * len(prompts)
 
 
 def encode_images(family: TextToImage, images: Tensor) -> Moments:

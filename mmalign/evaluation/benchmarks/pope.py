@@ -199,11 +199,6 @@ def _mean_over_splits(splits: Sequence[str], measure: Ratio, sums: Sums) -> Valu
 Labels = Mapping[tuple[str, str], bool]  # the answers to questions, by image and `_key`
 
 
-def read_questions(path: str | Path, labels: Labels | None = None) -> list[Question]:
-    """Read the questions of one split, as `read_splits` does."""
-    return [question for asked in read_splits({"": path}, labels).values() for question in asked]
-
-
 def read_splits(paths: Mapping[str, str | Path], labels: Labels | None = None) -> dict[str, list[Question]]:
     """Read POPE's questions: `question_id`, `image`, `text` or `question`, and `label` or `answer` yes or no.
 

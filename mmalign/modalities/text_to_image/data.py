@@ -15,7 +15,7 @@ from mmalign.config import ImageData, ImageJudgeModel, ImageSize, Recipe
 from mmalign.data.caches import fingerprint
 from mmalign.data.caches.array_cache import ArrayCache, Fingerprint, cache_folder
 from mmalign.data.caches.fill import fill
-from mmalign.data.caches.latents import ImageViews, encode_edits, encode_latents, encode_texts
+from mmalign.data.caches.latents import Edit, ImageViews, encode_latents, encode_texts
 from mmalign.data.caches.precompute import PrecomputeCache
 from mmalign.data.data_module import DataModule, Splits, open_loaders, summarize
 from mmalign.data.formats.images import open_pairs as open_image_pairs
@@ -190,16 +190,12 @@ def _fill_text(
     # The encoder sees the sources as they are cropped or padded, which their keys do not tell
     depends |= {"fit": data.fit} if edits else {}
     text = ArrayCache.open(cache_folder(data, output) / "text", depends)
-    share = partial(text.share, rank=accelerator.process_index, world_size=accelerator.num_processes)
     # Edits if the encoder sees their sources, else prompts; each process encodes its share
-    if edits:
-        wanted = {key: edit for views in edits for key, edit in views.edits()}
-        keys = share(wanted)
-        steps = encode_edits(family, {key: wanted[key] for key in keys})
-    else:
-        prompts = {text_key(prompt): prompt for pairs in sources for prompt in sorted(set(pairs.prompts()))}
-        keys = share(prompts)
-        steps = encode_texts(family, [prompts[key] for key in keys])
+    wanted: dict[str, str | Edit] = {key: edit for views in edits for key, edit in views.edits()}
+    if not edits:
+        wanted = {text_key(prompt): prompt for pairs in sources for prompt in sorted(set(pairs.prompts()))}
+    keys = text.share(wanted, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    steps = encode_texts(family, {key: wanted[key] for key in keys})
     fill(text, steps, len(keys), "encode prompts", accelerator)
     for net in encoders.values():
         net.to("cpu")  # no longer needed; on a GPU they would take gigabytes from the training

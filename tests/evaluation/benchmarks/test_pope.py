@@ -230,11 +230,15 @@ ROWS = [
 ]
 
 
+def read_questions(path: Path) -> list[Question]:
+    return [question for asked in pope.read_splits({"": path}).values() for question in asked]
+
+
 def test_read_questions_and_annotations(tmp_path: Path) -> None:
     assert (
-        pope.read_questions(write_jsonl(tmp_path / "coco_pope_random.json", *ROWS)) == QUESTIONS
+        read_questions(write_jsonl(tmp_path / "coco_pope_random.json", *ROWS)) == QUESTIONS
     )  # JSON lines, named .json
-    assert pope.read_questions(write_jsonl(tmp_path / "list.json", ROWS)) == QUESTIONS
+    assert read_questions(write_jsonl(tmp_path / "list.json", ROWS)) == QUESTIONS
     objects = write_jsonl(
         tmp_path / "objects.json", {"image": "a.jpg", "objects": ["dog", "cat", "dog"], "image_id": 4}
     )
@@ -253,7 +257,7 @@ def test_read_questions_and_annotations(tmp_path: Path) -> None:
 )
 def test_read_questions_refuses_bad_records(change: dict[str, Any], error: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=error):
-        pope.read_questions(write_jsonl(tmp_path / "q.json", ROWS[0], {**ROWS[1], **change}))
+        read_questions(write_jsonl(tmp_path / "q.json", ROWS[0], {**ROWS[1], **change}))
 
 
 @pytest.mark.parametrize(
@@ -267,12 +271,12 @@ def test_read_questions_refuses_bad_records(change: dict[str, Any], error: str, 
     ],
 )
 def test_read_questions_of_other_writers(change: dict[str, Any], tmp_path: Path) -> None:
-    assert pope.read_questions(write_jsonl(tmp_path / "q.json", {**ROWS[0], **change})) == QUESTIONS[:1]
+    assert read_questions(write_jsonl(tmp_path / "q.json", {**ROWS[0], **change})) == QUESTIONS[:1]
 
 
 def test_question_ids_may_be_names(tmp_path: Path) -> None:
     rows = [{**row, "question_id": f"q{row['question_id']}"} for row in ROWS]
-    questions = pope.read_questions(write_jsonl(tmp_path / "q.json", *rows))
+    questions = read_questions(write_jsonl(tmp_path / "q.json", *rows))
     assert [question.id for question in questions] == ["q1", "q2"]
     answers = [{"question_id": "q2", "text": "No"}, {"question_id": "q1", "text": "Yes"}]
     assert pope.read_answers(write_jsonl(tmp_path / "a.jsonl", *answers), questions) == ["Yes", "No"]
@@ -308,7 +312,7 @@ def test_category_that_is_no_split_is_left_alone(tmp_path: Path) -> None:
 
 def test_read_questions_refuses_an_empty_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is empty; expected POPE's questions"):
-        pope.read_questions(write_jsonl(tmp_path / "q.json"))
+        read_questions(write_jsonl(tmp_path / "q.json"))
 
 
 def test_read_answers(tmp_path: Path) -> None:
