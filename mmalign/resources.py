@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -100,6 +101,14 @@ def resolve_model(name: str) -> str:
         if is_hub_id(name):
             return name
         raise ValueError(f"model: {missing}; on the Hub a model is named 'organisation/name'") from None
+
+
+def located(key: str, name: str, find: Callable[[str], str | Path] = resolve_model) -> str:
+    """Return the location of a name of the recipe; an error begins with the name's key."""
+    try:
+        return str(find(name))
+    except ValueError as error:
+        raise ValueError(f"{key}: {str(error).removeprefix('model: ')}") from None
 
 
 def _similar_names(name: str) -> list[str]:

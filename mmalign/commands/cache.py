@@ -184,12 +184,10 @@ def _fill_precomputed(
 
 def _loaders(data_module: DataModule, batches: int) -> list[tuple[Any, int]]:
     """Return the loaders of a training, each with the number of batches to read."""
-    held = (
-        [(data_module.validation_loader, min(MAX_VALIDATION_BATCHES, len(data_module.validation_loader)))]
-        if data_module.validation_loader is not None
-        else []
-    )
-    return [(data_module.train_loader, batches), *held]
+    loaders = [(data_module.train_loader, batches)]
+    if (held_out := data_module.validation_loader) is not None:
+        loaders.append((held_out, min(MAX_VALIDATION_BATCHES, len(held_out))))
+    return loaders
 
 
 def _summary(folder: Path, used: set[Path], begun: float) -> str:

@@ -31,10 +31,10 @@ from mmalign.families import image_judge
 from mmalign.families.image_judge import NOT_COMPILED, ClipScorer, ImageJudge
 from mmalign.families.types import Loading
 from mmalign.modalities import DataRequest, Measure, Result, annotators, loading, step_judge
-from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check
 from mmalign.pages.examples import DataView, ExampleSide, TrainingExample
 from mmalign.policy import Policy
+from mmalign.resources import located
 from mmalign.rewards import RewardModel
 from mmalign.training.processes import current_processes
 

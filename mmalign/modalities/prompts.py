@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mmalign.data.formats import prompts
 from mmalign.data.formats.prompts import Prompt
-from mmalign.resources import resolve, resolve_model
+from mmalign.resources import located, resolve
 
 
 def read_prompts(key: str, name: str) -> list[Prompt]:
@@ -33,14 +32,6 @@ def read_prompt_pairs(key: str, name: str) -> list[tuple[str, str]]:
             raise ValueError(f"{key}: {name} has the line {line[:60]!r}; expected two prompts with a tab between them")
         couples.append((first, second))
     return couples
-
-
-def located(key: str, name: str, find: Callable[[str], str | Path] = resolve_model) -> str:
-    """Return the location of a name of the recipe; an error begins with the name's key."""
-    try:
-        return str(find(name))
-    except ValueError as error:
-        raise ValueError(f"{key}: {str(error).removeprefix('model: ')}") from None
 
 
 def load_prompts(key: str, which: int | str, split: Any, seed: int) -> list[Prompt]:

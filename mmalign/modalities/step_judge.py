@@ -17,12 +17,11 @@ from mmalign.families.types import Loading
 from mmalign.methods import requirements_of
 from mmalign.modalities import DataRequest, Measure, Modality, Result
 from mmalign.modalities.loading import DTYPES
-from mmalign.modalities.prompts import located
 from mmalign.modalities.text_to_image import check, data, doctor, show
 from mmalign.modalities.text_to_image.model import frozen_parts
 from mmalign.modalities.validation import groups_by_row, validation_batches
 from mmalign.policy import Policy
-from mmalign.resources import resolve_model
+from mmalign.resources import located, resolve_model
 
 
 def refuse_samples(recipe: Recipe) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmalign import registry
 from mmalign.reading.weights import one_sentence, tensors_only
-from mmalign.resources import resolve_model
+from mmalign.resources import located
 
 Shown = Sequence[Sequence[Image.Image]]  # the images with each row's prompt
 Truths = Sequence[Sequence[str]]  # the texts of each row's true answer; empty where there is none
@@ -175,12 +175,8 @@ def check_files(key: str, path: str) -> None:
     Raises:
         ValueError: there is no such file or folder.
     """
-    if "/" not in path:  # the name of an architecture in the reward model's library
-        return
-    try:
-        resolve_model(path)
-    except ValueError as error:
-        raise ValueError(f"{key}: {str(error).removeprefix('model: ')}") from None
+    if "/" in path:  # not the name of an architecture in the reward model's library
+        located(key, path)
 
 
 def load_reward_model(

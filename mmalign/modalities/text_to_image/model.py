@@ -15,9 +15,8 @@ from mmalign.families.editing import EDITORS, not_editing
 from mmalign.families.stored import check_variant
 from mmalign.families.types import Loading
 from mmalign.modalities.loading import DTYPES
-from mmalign.modalities.prompts import located
 from mmalign.registry import import_callable
-from mmalign.resources import resolve_model
+from mmalign.resources import located, resolve_model
 
 
 def check_model(model: Model) -> None:

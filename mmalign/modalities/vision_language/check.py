@@ -8,8 +8,7 @@ from mmalign.config import Coco, EvaluateResponses, Files, PrepareResponses, Rec
 from mmalign.data.formats.responses import check_source
 from mmalign.methods import requirements_of
 from mmalign.modalities.loading import check_reward_model
-from mmalign.modalities.prompts import located
-from mmalign.resources import locate, resolve
+from mmalign.resources import locate, located, resolve
 
 
 def check_evaluation(recipe: Recipe) -> None:

@@ -15,9 +15,8 @@ from mmalign.families.stored import check_variant
 from mmalign.families.types import Loading
 from mmalign.language.chat import IMAGE, Turn
 from mmalign.modalities.loading import disable_progress_bars, find_local
-from mmalign.modalities.prompts import located
 from mmalign.registry import import_callable
-from mmalign.resources import resolve_model
+from mmalign.resources import located, resolve_model
 
 
 def check_model(model: Model) -> None:
