@@ -294,9 +294,8 @@ def _failed_batch(error: loop.BadUpdateError, data_module: DataModule) -> tuple[
     location, failed = error.location, list[tuple[int, int, list[str]]]()
     if location is not None:
         failed = [(location.epoch, location.batch, data_module.batch_locations(location.epoch, location.batch - 1))]
-    gathered: list[tuple[int, int, list[str]]] = gather_object(
-        failed
-    )  # all processes raise the error in the same update
+    # All processes raise the error in the same update
+    gathered: list[tuple[int, int, list[str]]] = gather_object(failed)
     return gathered[0]
 
 

@@ -235,9 +235,8 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def test_read_questions_and_annotations(tmp_path: Path) -> None:
-    assert (
-        read_questions(write_jsonl(tmp_path / "coco_pope_random.json", *ROWS)) == QUESTIONS
-    )  # JSON lines, named .json
+    # JSON lines, named .json
+    assert read_questions(write_jsonl(tmp_path / "coco_pope_random.json", *ROWS)) == QUESTIONS
     assert read_questions(write_jsonl(tmp_path / "list.json", ROWS)) == QUESTIONS
     objects = write_jsonl(
         tmp_path / "objects.json", {"image": "a.jpg", "objects": ["dog", "cat", "dog"], "image_id": 4}
