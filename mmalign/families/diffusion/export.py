@@ -20,6 +20,7 @@ from mmalign.families.diffusion import lora_names
 from mmalign.families.diffusion.adapter import merge_adapter
 from mmalign.families.diffusion.lora_files import load_lora
 from mmalign.families.diffusion.single_file import load_single_file
+from mmalign.families.diffusion.sizes import denoiser_name
 from mmalign.families.lora import (
     ADAPTERS,
     LOADED,
@@ -39,41 +40,23 @@ from mmalign.reading.weights import one_sentence, tensors_only
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
-    from mmalign.families.types import Loading
+    from mmalign.families.diffusion.pipeline import LatentModel
 
 INDEX = "model_index.json"
 FILE = "lora.safetensors"  # of kohya's and ComfyUI's names
 NAMES = {"kohya": lora_names.kohya, "comfyui": lora_names.comfyui}
 
 
-def export(
-    pipeline: DiffusionPipeline,
-    part: str,
-    net: ModelMixin,
-    folder: Path,
-    form: str,
-    *,
-    name: str,
-    loading: Loading,
-    dtype: torch.dtype | None,
-) -> None:
-    """Write a trained denoiser in a form, read it back and compare it (`Family.export`).
-
-    Args:
-        pipeline: the base pipeline.
-        part: the denoiser's name in it.
-        net, folder, form, dtype: those of `Family.export`.
-        name: the path or Hub id of the base pipeline.
-        loading: the settings that it was loaded with.
-    """
+def export(base: LatentModel, net: ModelMixin, folder: Path, form: str, dtype: torch.dtype | None) -> None:
+    """Write a trained denoiser of a base model in a form, read it back and compare it (`Family.export`)."""
+    pipeline, part = base.pipeline, denoiser_name(base.pipeline)
     # Whole pipelines
     if form == "merged" or (form == "diffusers" and not adapter_layers(net)):
-        weights = save_pipeline(pipeline, part, net, folder, name=name, loading=loading, dtype=dtype)
-        return _check_pipeline(pipeline, part, folder, weights)
+        return _check_pipeline(pipeline, part, folder, save_pipeline(base, net, folder, dtype))
     # Adapters alone
-    check_exportable(net, loading.adapter, "merged or diffusers")
+    check_exportable(net, base.loading.adapter, "merged or diffusers")
     if form == "peft":
-        save_peft(net, folder, name, loading.revision, dtype)
+        save_peft(net, folder, base.name, base.loading.revision, dtype)
         return check_peft(net, folder, dtype)
     file = ADAPTERS
     if form == "diffusers":
@@ -117,14 +100,7 @@ def _check_lora(
 
 
 def save_pipeline(
-    pipeline: DiffusionPipeline,
-    part: str,
-    net: ModelMixin,
-    folder: Path,
-    *,
-    name: str,
-    loading: Loading,
-    dtype: torch.dtype | None = None,
+    base: LatentModel, net: ModelMixin, folder: Path, dtype: torch.dtype | None = None
 ) -> Mapping[str, Tensor]:
     """Write a pipeline's folder: the base model's files byte for byte, and the denoiser in its files' dtypes.
 
@@ -134,10 +110,11 @@ def save_pipeline(
     Raises:
         ValueError: the base model's files are no longer there.
     """
+    loading, part = base.loading, denoiser_name(base.pipeline)
     if loading.config is not None:
-        return _save_single_file(pipeline, part, net, folder, name=name, loading=loading, dtype=dtype)
+        return _save_single_file(base, net, folder, loading.config, dtype)
     # Frozen parts, from the base model's files
-    source = source_folder(name, loading.revision)
+    source = source_folder(base.name, loading.revision)
     vae = source_folder(loading.vae, None) if loading.vae else None
     _copy_frozen(source, folder, part, vae, loading.variant)
     stored = stored_dtypes(source / part, loading.variant)
@@ -145,7 +122,7 @@ def save_pipeline(
     plain = net
     if adapter_layers(net):
         plain = _load_part(type(net), source / part, stored.loading, stored.variant, loading.allow_pickle)
-    weights = _merged_into(pipeline, part, net, plain, loading)
+    weights = _merged_into(base, net, plain)
     # Saved by a network of the plain class that takes these weights as they are
     with torch.device("meta"):
         bare = type(net).from_config(net.config)
@@ -159,25 +136,18 @@ def save_pipeline(
 
 
 def _save_single_file(
-    pipeline: DiffusionPipeline,
-    part: str,
-    net: ModelMixin,
-    folder: Path,
-    *,
-    name: str,
-    loading: Loading,
-    dtype: torch.dtype | None,
+    base: LatentModel, net: ModelMixin, folder: Path, config: str, dtype: torch.dtype | None
 ) -> Mapping[str, Tensor]:
     """Write the pipeline of a single file, read again in its own dtype, with the trained denoiser."""
-    assert loading.config is not None
-    stored = stored_dtypes(Path(name))
+    pipeline, loading, part = base.pipeline, base.loading, denoiser_name(base.pipeline)
+    stored = stored_dtypes(Path(base.name))
     with tensors_only(loading.allow_pickle):
         # Parts that the pipeline lacks need an explicit None
         options: dict[str, Any] = {key: None for key, x in pipeline.components.items() if x is None}
         options |= {"revision": loading.revision, "variant": loading.variant}
-        whole = load_single_file(type(pipeline), part, name, loading.config, stored.other, options)
+        whole = load_single_file(type(pipeline), part, base.name, config, stored.other, options)
     plain = getattr(whole, part)
-    weights = _merged_into(pipeline, part, net, plain, loading)
+    weights = _merged_into(base, net, plain)
     plain.load_state_dict(cast(weights, dtype or stored.other), assign=True)
     whole.save_pretrained(folder)
     # An autoencoder in place of the file's, byte for byte
@@ -187,15 +157,13 @@ def _save_single_file(
     return weights
 
 
-def _merged_into(
-    pipeline: DiffusionPipeline, part: str, net: ModelMixin, plain: ModelMixin, loading: Loading
-) -> Mapping[str, Tensor]:
+def _merged_into(base: LatentModel, net: ModelMixin, plain: ModelMixin) -> Mapping[str, Tensor]:
     """Return the weights of `net`; its adapters and those it began with are added to the base model's, `plain`."""
     if not adapter_layers(net):
         weights: Mapping[str, Tensor] = net.state_dict()
         return weights
-    if loading.adapter is not None:
-        merge_adapter(pipeline, part, plain, loading.adapter)
+    if base.loading.adapter is not None:
+        merge_adapter(base.pipeline, denoiser_name(base.pipeline), plain, base.loading.adapter)
     return merged_weights(net, plain)
 
 

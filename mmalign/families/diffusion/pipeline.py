@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,9 +92,46 @@ class LatentModel(ABC):
             attached = self.attached(net, sources)
             stage(encoders["vae"], net)
             with self.loading.autocast(), attached:
-                sampled = sample(self.sampling_pipeline, net, text, seeds, sampling, size, shape, self.pack)
+                sampled = self._sample_latents(net, text, seeds, sampling, size, shape)
             stage(encoders["vae"])
             return to_pil(self.decode(self.unpack(sampled, *shape[1:])))
+
+    @torch.no_grad()
+    def _sample_latents(
+        self,
+        net: nn.Module,
+        text: dict[str, object],
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        size: ImageSize,
+        shape: tuple[int, int, int],
+    ) -> Tensor:
+        """Sample latents of this shape, as methods see it, with `net` as the denoiser; return the pipeline's layout.
+
+        Raises:
+            ValueError: the sampler's name is unknown, or it does not support the model.
+        """
+        pipeline = copy.copy(self.sampling_pipeline)  # leaves the family's denoiser and scheduler in place
+        setattr(pipeline, denoiser_name(pipeline), net)
+        # Encoders that have left the denoiser's device take no part, and would be taken for the pipeline's device
+        device = next(net.parameters()).device
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and next(part.parameters()).device != device:
+                setattr(pipeline, name, None)
+        pipeline.scheduler = sampler(sampling.sampler, pipeline.scheduler)
+        # The noise of an image follows from its seed; it is drawn on the CPU, whatever the device
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        latents: Tensor = pipeline(
+            height=size.height,
+            width=size.width,
+            num_inference_steps=sampling.steps,
+            latents=self.pack(noise.to(device)),
+            generator=generators,
+            output_type="latent",
+            **{name: tree_map_only(Tensor, lambda x: x.to(device), given) for name, given in text.items()},
+        ).images
+        return latents
 
     def attached(self, net: nn.Module, sources: Tensor | None) -> contextlib.AbstractContextManager[None]:
         """Return a context in which `net` gets sources that no argument passes on."""
@@ -230,15 +267,13 @@ class LatentModel(ABC):
 
     def save(self, folder: Path, net: nn.Module) -> None:
         """Save a folder that diffusers loads: LoRA weights if the network has adapters, else a whole pipeline."""
-        part = denoiser_name(self.pipeline)
         if adapter_layers(net):
-            save_lora(type(self.pipeline), part, net, folder)
+            save_lora(type(self.pipeline), denoiser_name(self.pipeline), net, folder)
         else:
-            save_pipeline(self.pipeline, part, net, folder, name=self.name, loading=self.loading)
+            save_pipeline(self, net, folder)
 
     def export(self, folder: Path, net: nn.Module, form: str, dtype: torch.dtype | None) -> None:
-        part = denoiser_name(self.pipeline)
-        export(self.pipeline, part, net, folder, form, name=self.name, loading=self.loading, dtype=dtype)
+        export(self, net, folder, form, dtype)
 
     def load_trained(self, folder: Path) -> ModelMixin:
         return load_trained(self.network, denoiser_name(self.pipeline), folder)
@@ -308,55 +343,6 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """Convert [N, 3, H, W] in [-1, 1] to RGB images."""
     pixels = images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
-
-
-@torch.no_grad()
-def sample(
-    pipeline: DiffusionPipeline,
-    net: nn.Module,
-    text: dict[str, object],
-    seeds: Sequence[int],
-    sampling: SamplingConfig,
-    size: ImageSize,
-    shape: tuple[int, int, int],
-    pack: Callable[[Tensor], Tensor] = lambda latents: latents,
-) -> Tensor:
-    """Sample latents, in the pipeline's layout, from a diffusers pipeline with `net` as its denoiser.
-
-    Args:
-        pipeline: the pipeline; its scheduler and networks are not changed.
-        net: the denoiser.
-        text: arguments of the pipeline: embeddings and guidance scale.
-        seeds: seeds of the initial noise and of the sampler's later noise, one per image.
-        sampling: settings of sampling.
-        size: size of the images.
-        shape: (C, H, W) of a latent as methods see it.
-        pack: conversion of the noise [N, C, H, W] to the pipeline's layout.
-
-    Raises:
-        ValueError: the sampler's name is unknown, or it does not support the model.
-    """
-    pipeline = copy.copy(pipeline)  # leaves the family's denoiser and scheduler in place
-    setattr(pipeline, denoiser_name(pipeline), net)
-    # Encoders that have left the denoiser's device take no part, and would be taken for the pipeline's device
-    device = next(net.parameters()).device
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and next(part.parameters()).device != device:
-            setattr(pipeline, name, None)
-    pipeline.scheduler = sampler(sampling.sampler, pipeline.scheduler)
-    # The noise of an image follows from its seed; it is drawn on the CPU, whatever the device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    latents: Tensor = pipeline(
-        height=size.height,
-        width=size.width,
-        num_inference_steps=sampling.steps,
-        latents=pack(noise.to(device)),
-        generator=generators,
-        output_type="latent",
-        **{name: tree_map_only(Tensor, lambda x: x.to(device), given) for name, given in text.items()},
-    ).images
-    return latents
 
 
 def pooled_and_not(cond: Conditioning, empty: Conditioning, sampling: SamplingConfig) -> dict[str, object]:

@@ -33,63 +33,41 @@ from mmalign.families.stored import (
     state_dtype,
     stored_dtypes,
 )
-from mmalign.families.types import Loading
 from mmalign.language.tokens import forget_padding
 from mmalign.reading.weights import every_tensor, intact, one_sentence, tensors_only
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel
+
+    from mmalign.families.vlm.model import ImageTextToText
 
 
-def export(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    folder: Path,
-    form: str,
-    *,
-    name: str,
-    loading: Loading,
-    dtype: torch.dtype | None,
-) -> None:
-    """Write a trained model in a form, read it back and compare it (`Family.export`).
-
-    Args:
-        model: the trained model, with its adapters if it has any.
-        processor: its tokenizer and image preprocessor.
-        folder, form, dtype: those of `Family.export`.
-        name: the path or Hub id of the base model.
-        loading: the settings that it was loaded with.
-    """
+def export(base: ImageTextToText, model: PreTrainedModel, folder: Path, form: str, dtype: torch.dtype | None) -> None:
+    """Write a trained model of a base model in a form, read it back and compare it (`Family.export`)."""
     if form not in ("peft", "merged"):
         raise ValueError(f"{form} has no vision-language models; use peft or merged")
     if form == "merged":
-        weights = save_model(model, folder, name=name, loading=loading, dtype=dtype)
-        _check_model(folder, weights)
+        _check_model(folder, save_model(base, model, folder, dtype))
     else:
-        check_exportable(model, loading.adapter, "merged")
-        save_adapters(model, processor, folder, name=name, loading=loading, dtype=dtype)
+        check_exportable(model, base.loading.adapter, "merged")
+        save_adapters(base, model, folder, dtype)
         check_peft(model, folder, dtype)
     _check_processor(folder)
 
 
 def save_adapters(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    folder: Path,
-    *,
-    name: str,
-    loading: Loading,
-    dtype: torch.dtype | None = None,
+    base: ImageTextToText, model: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None
 ) -> None:
     """Write the adapters for peft, with the processor and the chat template."""
     folder.mkdir(parents=True, exist_ok=True)
+    processor = base.processor.processor
     forget_padding(processor)
     processor.save_pretrained(folder)
-    save_peft(model, folder, name, loading.revision, dtype)
+    save_peft(model, folder, base.name, base.loading.revision, dtype)
 
 
 def save_model(
-    model: PreTrainedModel, folder: Path, *, name: str, loading: Loading, dtype: torch.dtype | None = None
+    base: ImageTextToText, model: PreTrainedModel, folder: Path, dtype: torch.dtype | None = None
 ) -> Mapping[str, Tensor]:
     """Write a model's folder: the base model's files byte for byte, and the weights in its files' dtypes.
 
@@ -99,7 +77,7 @@ def save_model(
     Raises:
         ValueError: the base model's files are no longer there.
     """
-    source = source_folder(name, loading.revision)
+    loading, source = base.loading, source_folder(base.name, base.loading.revision)
     stored = stored_dtypes(source, loading.variant)
     # Trained weights; adapters are merged into weights that are read again, since the run's own may be rounded
     weights: Mapping[str, Tensor] = model.state_dict()

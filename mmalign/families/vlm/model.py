@@ -278,15 +278,14 @@ class ImageTextToText:
 
     def save(self, folder: Path, net: nn.Module) -> None:
         """Write adapters for peft if the network has them, else the model for transformers; both with the processor."""
-        model, processor = unwrap(net).model, self.processor.processor
+        model = unwrap(net).model
         if adapter_layers(model):
-            save_adapters(model, processor, folder, name=self.name, loading=self.loading)
+            save_adapters(self, model, folder)
         else:
-            save_model(model, folder, name=self.name, loading=self.loading)
+            save_model(self, model, folder)
 
     def export(self, folder: Path, net: nn.Module, form: str, dtype: torch.dtype | None) -> None:
-        model, processor = unwrap(net).model, self.processor.processor
-        export(model, processor, folder, form, name=self.name, loading=self.loading, dtype=dtype)
+        export(self, unwrap(net).model, folder, form, dtype)
 
     def load_trained(self, folder: Path) -> nn.Module:
         mend = "`mmalign train` writes it again"
