@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmalign.diffusion.noise import Schedule
+from mmalign.diffusion.noise import Gaussian, Schedule
 from mmalign.rng import KeyedRNG
 
 if TYPE_CHECKING:
@@ -80,7 +80,10 @@ class Flow(Schedule):
         return cls(shift=float(shift), num_timesteps=config.num_train_timesteps, sampler_times=times)
 
     def times(self, steps: int) -> Tensor:
-        """Return the times [S + 1] of the sampler, from 1 to 0: the pipeline's own, or even ones, shifted."""
+        """Return times from 1 to 0: those of the pipeline's sampler, or even ones, shifted.
+
+        A walk thus trains the sampler that generates.
+        """
         if self.sampler_times is not None:
             return self.sampler_times(steps)
         # In float64: with some shifts, float32 rounds the first time away from 1, which is pure noise.
@@ -119,6 +122,28 @@ class Flow(Schedule):
         """Return `x_t - t v`."""
         _, noise = self.levels(t)
         return x_t - noise * prediction
+
+    def step(self, prediction: Tensor, x_t: Tensor, t: Tensor, prev: Tensor, eta: float | None) -> Gaussian:
+        """Return the stochastic step of Flow-GRPO (arXiv:2505.05470), which without noise is Euler's.
+
+        It is the Euler-Maruyama step of the SDE with the flow's marginals: drift `v + g^2 / (2 t) (x + (1 - t) v)`, and
+        diffusion `g^2 = eta^2 t / (1 - t)`, infinite at pure noise. There the next time replaces t in the 1 - t of g.
+        `eta` is the published `noise_level`, 0.7.
+        """
+        velocity, x_t = prediction.float(), x_t.float()
+        sigma, sigma_prev = (time.float().view(-1, 1, 1, 1) for time in (t, prev))
+        left = 1 - torch.where(sigma == 1, sigma_prev, sigma)
+        g2, dt = (0.7 if eta is None else eta) ** 2 * sigma / left, sigma_prev - sigma
+        mean = x_t * (1 + g2 / (2 * sigma) * dt) + velocity * (1 + g2 * (1 - sigma) / (2 * sigma)) * dt
+        return Gaussian(mean, (-g2 * dt).sqrt())
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """Return times of the length of DDPM's schedule."""
+        return t * self.num_timesteps
+
+    def any_time(self, rows: Sequence[int], rng: KeyedRNG) -> Tensor:
+        """Draw uniform times: training's are mostly middle ones, and hardly of the nearly clean images at the end."""
+        return rng.uniform(rows, (), "time")
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:

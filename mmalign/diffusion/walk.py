@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmalign.diffusion.noise import Schedule
-from mmalign.diffusion.steps import Gaussian, step
+from mmalign.diffusion.noise import Gaussian, Schedule
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,11 @@ class Walk:
 
     Attributes:
         schedule: the noise process.
-        times: the times [S + 1] of the steps, from noise to image, as `steps.grid` returns them.
+        times: the times [S + 1] of the steps, from noise to image, as `Schedule.times` returns them.
         predict: the (guided) answer [kB, C, H, W] of the network at latents [kB, C, H, W] and their times [kB].
         noise: standard normal numbers [k, B, C, H, W], given k and the index of a step.
-        eta: the amount of noise of a stochastic step, as in `steps.step`; 0 for deterministic steps: DDIM's, or Euler's
-            of flow matching.
+        eta: the amount of noise of a stochastic step, as in `Schedule.step`; 0 for deterministic steps: DDIM's, or
+            Euler's of flow matching.
         stochastic: mask [S, B] of stochastic steps; the others are deterministic. None for all.
     """
 
@@ -46,11 +45,11 @@ class Walk:
         # [k, B, ...] as one batch; all rows take the same step
         flat, answer = x.flatten(0, 1), prediction.flatten(0, 1)
         t, prev = (self.times[i].expand(len(flat)) for i in (index, index + 1))
-        law = step(self.schedule, answer, flat, t, prev, self.eta)
+        law = self.schedule.step(answer, flat, t, prev, self.eta)
         mean, std = law.mean.view_as(x), law.std.view(*x.shape[:2], 1, 1, 1)
         # Rows whose step adds no noise, by the same answer of the network
         if self.stochastic is not None:
-            still = step(self.schedule, answer, flat, t, prev, 0.0).mean.view_as(x)
+            still = self.schedule.step(answer, flat, t, prev, 0.0).mean.view_as(x)
             noisy = self.stochastic[index].view(-1, 1, 1, 1)
             mean, std = torch.where(noisy, mean, still), torch.where(noisy, std, 0.0)
         return Gaussian(mean, std)

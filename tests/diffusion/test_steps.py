@@ -7,8 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from mmalign.diffusion.flow import Flow
-from mmalign.diffusion.noise import Diffusion, Schedule
-from mmalign.diffusion.steps import Gaussian, any_time, grid, step, timestep
+from mmalign.diffusion.noise import Diffusion, Gaussian, Schedule
 from mmalign.rng import KeyedRNG
 from tests.helpers.golden import golden
 
@@ -30,10 +29,10 @@ def diffusion(prediction: str = "epsilon") -> Diffusion:
 def test_the_grid_and_its_noise_are_the_release_s() -> None:
     """RockeyCoss/SPO: 20 steps of DDIM with eta 1, from t = 951 to 1, the last of them to 0."""
     published = GOLDEN["schedule_20_steps"]
-    times = grid(diffusion(), 20)
+    times = diffusion().times(20)
     assert times[:-1].tolist() == published["timesteps"] and times[1:].tolist() == published["prev"]
     x = torch.zeros(20, 1, 1, 1)
-    std = step(diffusion(), x, x, times[:-1], times[1:], 1.0).std.flatten()
+    std = diffusion().step(x, x, times[:-1], times[1:], 1.0).std.flatten()
     # The last one is 0.02: 1 - abar_t / abar_prev in float32, as the release has it, is right to 1e-4 there.
     torch.testing.assert_close(std, torch.tensor(published["sigma_eta1"]), rtol=1e-4, atol=0)
 
@@ -45,7 +44,7 @@ def test_log_probabilities_are_the_release_s(name: str) -> None:
     given = {k: torch.tensor(v) for k, v in case["inputs"].items() if isinstance(v, list)}
     prev = torch.tensor(case["schedule"]["prev_timesteps"])
     for who in ("policy", "ref"):
-        law = step(diffusion(), given[f"noise_pred_{who}"], given["latents"], given["timesteps"], prev, 1.0)
+        law = diffusion().step(given[f"noise_pred_{who}"], given["latents"], given["timesteps"], prev, 1.0)
         for side, letter in (("win", "w"), ("lose", "l")):
             expected = torch.tensor(case["expected"][f"logp_{who}_{letter}"])
             result = law.log_prob(given[f"next_latents_{side}"])
@@ -66,13 +65,13 @@ def test_diffusers_ddim_walks_the_same_way_with_the_same_noise(prediction: str, 
     scheduler = DDIMScheduler(**CONFIG, prediction_type=prediction)
     scheduler.set_timesteps(20)
     schedule, rng = diffusion(prediction), KeyedRNG(0)
-    times = grid(schedule, 20)
+    times = schedule.times(20)
     assert times[:-1].tolist() == scheduler.timesteps.tolist()
     actual = expected = rng.normal([1, 2], (4, 3, 3), "start")
     for i in range(20):
         noise = rng.normal([1, 2], (4, 3, 3), "step", i)
         t, prev = times[i].expand(2), times[i + 1].expand(2)
-        actual = step(schedule, torch.tanh(actual), actual, t, prev, eta).sample(noise)
+        actual = schedule.step(torch.tanh(actual), actual, t, prev, eta).sample(noise)
         expected = scheduler.step(
             torch.tanh(expected), int(times[i]), expected, eta=eta, variance_noise=noise
         ).prev_sample
@@ -91,7 +90,7 @@ def test_log_probability_equals_torchs_mean() -> None:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_a_flow_s_grid_goes_from_noise_to_image(shift: float) -> None:
-    times = grid(Flow(shift=shift), 10)
+    times = Flow(shift=shift).times(10)
     assert len(times) == 11 and times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
     assert times[5] == pytest.approx(shift * 0.5 / (1 + (shift - 1) * 0.5))
 
@@ -99,10 +98,10 @@ def test_a_flow_s_grid_goes_from_noise_to_image(shift: float) -> None:
 def test_a_flow_s_step_worked_out() -> None:
     """sigma 0.8 to 0.5, level 0.5: g^2 = 0.25 * 4 = 1, dt = -0.3, so the mean is x (1 - 0.1875) + v (1.125) (-0.3)."""
     x, v = torch.full((1, 1, 1, 1), 2.0), torch.full((1, 1, 1, 1), -1.0)
-    law = step(Flow(), v, x, torch.tensor([0.8]), torch.tensor([0.5]), 0.5)
+    law = Flow().step(v, x, torch.tensor([0.8]), torch.tensor([0.5]), 0.5)
     torch.testing.assert_close(law.mean.item(), 2 * 0.8125 + 0.3375)
     torch.testing.assert_close(law.std.item(), math.sqrt(0.3))
-    first = step(Flow(), v, x, torch.tensor([1.0]), torch.tensor([0.5]), 0.5)  # 1 - 0.5 stands in: g^2 = 0.5
+    first = Flow().step(v, x, torch.tensor([1.0]), torch.tensor([0.5]), 0.5)  # 1 - 0.5 stands in: g^2 = 0.5
     torch.testing.assert_close(first.std.item(), 0.5)
     assert first.mean.isfinite().all()
 
@@ -120,7 +119,7 @@ def test_a_step_keeps_the_process_s_marginals(schedule: Schedule) -> None:
         def mean_at(x: torch.Tensor) -> Gaussian:
             signal, noise = schedule.levels(t)
             eps = (x - signal * m) / noise
-            return step(schedule, schedule.target(torch.full_like(x, m), eps, t), x, t, prev, eta)
+            return schedule.step(schedule.target(torch.full_like(x, m), eps, t), x, t, prev, eta)
 
         zeros, ones = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
         at_zero = mean_at(zeros)
@@ -141,30 +140,30 @@ def test_a_step_keeps_the_process_s_marginals(schedule: Schedule) -> None:
 
 
 def test_times_for_a_judge_are_in_steps_of_a_thousand() -> None:
-    assert timestep(Flow(), torch.tensor([0.25])).item() == 250
-    assert timestep(diffusion(), torch.tensor([751])).item() == 751
+    assert Flow().timestep(torch.tensor([0.25])).item() == 250
+    assert diffusion().timestep(torch.tensor([751])).item() == 751
 
 
 @pytest.mark.parametrize("schedule", [diffusion(), Flow(), Flow(shift=3.0)], ids=["ddpm", "flow", "shifted"])
 def test_any_time_is_as_likely_as_any_other(schedule: Schedule) -> None:
     """4000 draws: the largest distance from the uniform law is above 0.031 in one of a thousand cases (Kolmogorov)."""
-    drawn = timestep(schedule, any_time(schedule, range(4000), KeyedRNG(seed=1))).double().sort().values / 1000
+    drawn = schedule.timestep(schedule.any_time(range(4000), KeyedRNG(seed=1))).double().sort().values / 1000
     steps = torch.arange(1, 4001) / 4000
     assert (drawn - steps).abs().max() < 0.031
     assert drawn.min() >= 0 and drawn.max() < 1
-    alone = any_time(schedule, [17], KeyedRNG(seed=1))
-    assert torch.equal(alone[0], any_time(schedule, range(20), KeyedRNG(seed=1))[17])
+    alone = schedule.any_time([17], KeyedRNG(seed=1))
+    assert torch.equal(alone[0], schedule.any_time(range(20), KeyedRNG(seed=1))[17])
 
 
 def test_what_has_no_step_is_refused() -> None:
     with pytest.raises(ValueError, match="600 are too many for a schedule of 1000 timesteps; expected at most 500"):
-        grid(diffusion(), 600)
+        diffusion().times(600)
 
 
 def test_a_flow_s_grid_begins_at_pure_noise_whatever_the_shift() -> None:
     """In float32 some shifts rounded the first time past 1, where the step's variance is negative or without bound."""
     for mu in torch.arange(0.3, 3.0, 0.01).tolist():
-        times = grid(Flow(shift=math.exp(mu)), 10)
+        times = Flow(shift=math.exp(mu)).times(10)
         assert times[0] == 1 and times[-1] == 0 and bool((times.diff() < 0).all())
 
 
@@ -174,5 +173,5 @@ def test_what_is_not_given_is_the_published_noise() -> None:
         (Flow(), torch.tensor([0.6]), torch.tensor([0.5]), 0.7),
         (Diffusion.from_config(CONFIG, "test"), torch.tensor([501]), torch.tensor([451]), 1.0),
     ):
-        given, silent = (step(schedule, answer, x, t, prev, e) for e in (eta, None))
+        given, silent = (schedule.step(answer, x, t, prev, e) for e in (eta, None))
         assert torch.equal(given.std, silent.std) and torch.equal(given.mean, silent.mean)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mmalign.diffusion.flow import Flow
 from mmalign.diffusion.noise import Diffusion, Schedule
-from mmalign.diffusion.steps import grid, step
 from mmalign.diffusion.walk import Walk
 from mmalign.rng import KeyedRNG
 
@@ -35,7 +34,7 @@ def noise(k: int, index: int) -> Tensor:
 
 
 def walk(schedule: Schedule, steps: int = 8, eta: float | None = 0.0, stochastic: Tensor | None = None) -> Walk:
-    return Walk(schedule, grid(schedule, steps), answer, noise, eta, stochastic)
+    return Walk(schedule, schedule.times(steps), answer, noise, eta, stochastic)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -86,6 +85,6 @@ def test_candidates_of_one_place_differ_in_noise_alone() -> None:
     schedule, x = Flow(), START[:1]
     noisy = walk(schedule, eta=0.7)
     predicted = noisy.prediction(x, 3)
-    law = step(schedule, predicted[0], x[0], *(noisy.times[i].expand(2) for i in (3, 4)), 0.7)
+    law = schedule.step(predicted[0], x[0], *(noisy.times[i].expand(2) for i in (3, 4)), 0.7)
     candidates = noisy.step(x, 3, predicted, candidates=5)
     torch.testing.assert_close((candidates - law.mean) / law.std, noise(5, 3), rtol=1e-4, atol=1e-4)

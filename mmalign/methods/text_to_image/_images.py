@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.guidance import apply_guidance
-from mmalign.diffusion.steps import grid
 from mmalign.diffusion.walk import Walk
 from mmalign.families.base import TextToImage
 from mmalign.families.diffusion.pipeline import to_pil
@@ -111,7 +110,7 @@ def policy_walk(
 
     return Walk(
         family.schedule,
-        grid(family.schedule, steps).to(device),
+        family.schedule.times(steps).to(device),
         partial(predict, policy.unwrapped),
         noise,
         eta,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mmalign.config.methods.online_images import FlowGRPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
-from mmalign.diffusion.steps import Gaussian, step, timestep
+from mmalign.diffusion.noise import Gaussian
 from mmalign.families.base import TextToImage
 from mmalign.losses.advantages import advantages
 from mmalign.losses.policy_gradient import clipped, is_clipped
@@ -172,7 +172,7 @@ def step_law(family: TextToImage, cfg: Config, view: Transitions, net: nn.Module
     """Return a network's distribution of the ends of steps, under guidance."""
     rows = torch.arange(len(view.t), device=view.t.device) % len(view.text.cond)
     prediction = predict_guided(family, net, view.x_t, view.t, view.text[rows])
-    return step(family.schedule, prediction, view.x_t, view.t, view.prev, cfg.generation.eta)
+    return family.schedule.step(prediction, view.x_t, view.t, view.prev, cfg.generation.eta)
 
 
 def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
@@ -180,7 +180,7 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
     view, number, schedule = contrast.view, len(contrast.weights), policy.family.schedule
     law = step_law(policy.family, cfg, view, policy.model)
     # Length of each step, as a share of all timesteps
-    length = (timestep(schedule, view.t) - timestep(schedule, view.prev)) / schedule.num_timesteps
+    length = (schedule.timestep(view.t) - schedule.timestep(view.prev)) / schedule.num_timesteps
     log_ratio = law.log_prob(view.to) - contrast.old.log_prob(view.to)
     if cfg.guard:
         # Less its mean and without its scale: noise times the change of the mean, on average over the elements

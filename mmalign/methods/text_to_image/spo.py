@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from mmalign.config.methods.text_to_image import SPOConfig as Config
 from mmalign.data.loaders.batches import EncodedPrompts
-from mmalign.diffusion.steps import Gaussian, grid, step, timestep
+from mmalign.diffusion.noise import Gaussian
 from mmalign.diffusion.walk import Walk
 from mmalign.families.base import TextToImage
 from mmalign.losses import pairwise as losses
@@ -148,7 +148,7 @@ def loss(policy: Policy[TextToImage], contrast: Contrast, cfg: Config) -> Step:
 def step_scores(family: TextToImage, cfg: Config, view: Transitions, net: nn.Module) -> Scores:
     """Return the mean log-probability [P] of chosen and rejected steps, with one guided prediction per start."""
     prediction = predict_guided(family, net, view.x_t, view.t, view.text[view.prompt])
-    law = step(family.schedule, prediction, view.x_t, view.t, view.prev, cfg.eta)
+    law = family.schedule.step(prediction, view.x_t, view.t, view.prev, cfg.eta)
     chosen, rejected = Gaussian(law.mean[view.source], law.std[view.source]).log_prob(view.to).chunk(2)
     return {"chosen": chosen, "rejected": rejected}
 
@@ -206,7 +206,7 @@ def _contrast(
     # Step index and prompt index of every start
     numbers = torch.tensor([pair.step_index for pair in pairs]).repeat_interleave(torch.tensor(sizes))
     prompts = torch.tensor([pair.prompt for pair in pairs]).repeat_interleave(torch.tensor(sizes)).to(device)
-    times = grid(policy.family.schedule, cfg.steps)
+    times = policy.family.schedule.times(cfg.steps)
     view = Transitions(
         x_t=torch.cat([pair.start for pair in pairs]),
         t=times[numbers].to(device),
@@ -242,4 +242,4 @@ def _judge(family: TextToImage, batch: EncodedPrompts, x: Tensor, time: Tensor, 
     schedule, flat = family.schedule, x.flatten(0, 1)
     t = time.expand(len(flat))
     clean = flat if prediction is None else schedule.to_clean(prediction.flatten(0, 1), flat, t)
-    return judge_images(family, batch, clean, timestep(schedule, t)).view(len(x), len(batch.rows))
+    return judge_images(family, batch, clean, schedule.timestep(t)).view(len(x), len(batch.rows))

@@ -6,7 +6,7 @@
     loss = -log softmax(scores)[chosen]                      of a tie the mean over both, less ln 2
 
 SPO scores images at every time of a sampling trajectory, so the step judge trains at uniform times
-(`diffusion.steps.any_time`). Flow-matching networks train at times from another distribution.
+(`Schedule.any_time`). Flow-matching networks train at times from another distribution.
 
 Training starts from a reward model of clean images and updates both of its towers. The release resizes images on the
 GPU, by bicubic interpolation without antialiasing; here they go through the judge's own preprocessing. The release also
@@ -28,7 +28,6 @@ from torch import Tensor
 
 from mmalign.config.methods.judges import StepPreferenceConfig as Config
 from mmalign.data.loaders.batches import EncodedPairs
-from mmalign.diffusion.steps import any_time, timestep
 from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.families.step_judge import StepJudge
 from mmalign.losses.pairwise import Pair
@@ -78,12 +77,12 @@ def predict_images(
     Without `t` [B] the times are drawn.
     """
     painter = family.denoiser
-    t = any_time(painter.schedule, batch.rows, rng) if t is None else t
+    t = painter.schedule.any_time(batch.rows, rng) if t is None else t
     view = noise_pairs(painter, batch, 0.0, rng, t=t)
     empty = None if guidance == 1 else painter.condition(batch.unconditional.repeat(2), batch.sizes)
     answer = predict_guided(painter, painter.network, view.x_t, view.t, Guided(guidance, view.cond, empty))
     clean = painter.schedule.to_clean(answer, view.x_t, view.t)
-    return decode_images(painter, clean), timestep(painter.schedule, view.t)
+    return decode_images(painter, clean), painter.schedule.timestep(view.t)
 
 
 def _shares(family: StepJudge, batch: EncodedPairs, cfg: Config) -> Tensor:

@@ -14,7 +14,6 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from mmalign.diffusion.flow import Flow
-from mmalign.diffusion.steps import grid
 from mmalign.families.base import TextToImage
 from mmalign.families.diffusion import flow_matching
 from mmalign.families.loading import load_family
@@ -63,7 +62,7 @@ def test_times_equal_the_pipelines_at_each_size(name: str, path: Path) -> None:
     expected = pipeline.scheduler.sigmas.clone()
     expected[0] = 1
     schedule = load_family(str(path), replace(CPU, size=SIZE)).schedule
-    assert torch.equal(grid(schedule, steps), expected)
+    assert torch.equal(schedule.times(steps), expected)
     if name.startswith(("flux", "qwen_image")) and name != "flux_schnell":
         shifts = pipeline.scheduler.config
         tokens = SIZE.width // 4 * (SIZE.height // 4)

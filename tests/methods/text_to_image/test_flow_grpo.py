@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmalign.config import RewardConfig
-from mmalign.diffusion.steps import Gaussian, step
+from mmalign.diffusion.noise import Gaussian
 from mmalign.families.base import TextToImage
 from mmalign.losses.policy_gradient import clipped
 from mmalign.methods import Step, requirements_of
@@ -96,7 +96,7 @@ def test_window_of_a_prompt_is_its_own(sd: TextToImage) -> None:
             torch.testing.assert_close(noise.view(3, 3, 4, 8, 8)[:, b], drawn, rtol=1e-2, atol=1e-2)
         assert len(contrast.view.text.cond) == 3
         view = contrast.view
-        assert torch.equal(contrast.old.std, step(sd.schedule, view.x_t, view.x_t, view.t, view.prev, None).std)
+        assert torch.equal(contrast.old.std, sd.schedule.step(view.x_t, view.x_t, view.t, view.prev, None).std)
     assert torch.equal(together[0].view.to, together[1].view.x_t)
     rows = torch.arange(9).view(3, 3)[:, 1]
     torch.testing.assert_close(together[1].view.to[rows], alone[1].view.to, rtol=1e-3, atol=1e-3)

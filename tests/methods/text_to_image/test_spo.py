@@ -14,7 +14,6 @@ from torch import Tensor
 from mmalign.config import RewardConfig
 from mmalign.data.loaders.batches import EncodedPrompts
 from mmalign.diffusion.flow import Flow
-from mmalign.diffusion.steps import step
 from mmalign.families.base import TextToImage
 from mmalign.families.diffusion.pipeline import to_pil
 from mmalign.families.types import Conditioning
@@ -138,14 +137,8 @@ def test_chosen_step_has_the_best_scored_image(sd: TextToImage) -> None:
     pairs = [pair for pair in walked(policy, prompts(sd), cfg) if pair.step_index == 5]
     for pair in pairs:
         chosen, rejected = bright(to_pil(sd.decode(pair.to)), ["", ""])
-        candidates = step(
-            sd.schedule,
-            _guided(sd, policy, pair, cfg),
-            pair.start,
-            torch.tensor([1]),
-            torch.tensor([0]),
-            1.0,
-        )
+        prediction = _guided(sd, policy, pair, cfg)
+        candidates = sd.schedule.step(prediction, pair.start, torch.tensor([1]), torch.tensor([0]), 1.0)
         noise = DRAWS.normal([ROWS[pair.prompt]], (4, 4, 8, 8), "step", 5)[0]
         all_four = bright(to_pil(sd.decode(candidates.sample(noise))), [""] * 4)
         assert chosen == all_four.max() and rejected == all_four.min() and chosen > rejected
@@ -285,14 +278,7 @@ def test_the_margin_is_linear_in_the_policy_s_mean(sd: TextToImage) -> None:
         v = contrast.view
         with torch.no_grad():
             laws = [
-                step(
-                    sd.schedule,
-                    predict_guided(sd, net, v.x_t, v.t, v.text[v.prompt]),
-                    v.x_t,
-                    v.t,
-                    v.prev,
-                    1.0,
-                )
+                sd.schedule.step(predict_guided(sd, net, v.x_t, v.t, v.text[v.prompt]), v.x_t, v.t, v.prev, 1.0)
                 for net in (policy.model, policy.reference.model)
             ]
             results = spo.loss(policy, contrast, cfg).metrics
