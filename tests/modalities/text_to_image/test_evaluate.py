@@ -12,7 +12,7 @@ from PIL import Image, ImageStat
 import mmalign
 from mmalign.commands.compare import compare
 from mmalign.commands.load_recipe import load_recipe
-from mmalign.families.diffusion import pipeline
+from mmalign.families.diffusion.pipeline import LatentModel
 from mmalign.modalities.text_to_image.evaluate import measure_samples
 from tests.helpers import data_files, recipes
 
@@ -146,13 +146,13 @@ def test_cached_images_are_not_generated_again(
     content = recipes.diffusion(tiny_sd15, pairs, tmp_path / "out", train={"steps": 1}, evaluate=evaluate)
     mmalign.train(load_recipe(content))
     calls: list[int] = []
-    sample = pipeline.sample
+    sample = LatentModel.sample
 
     def counted(*arguments: Any) -> Any:
         calls.append(len(arguments))
         return sample(*arguments)
 
-    monkeypatch.setattr(pipeline, "sample", counted)
+    monkeypatch.setattr(LatentModel, "sample", counted)
     first = mmalign.evaluate(load_recipe(content))
     assert len(calls) == 4  # two batches of each model
     assert mmalign.evaluate(load_recipe(content)).table == first.table and len(calls) == 4

@@ -9,7 +9,7 @@ import pytest
 
 from mmalign.commands import prepare as run
 from mmalign.commands.load_recipe import Recipe, load_recipe
-from mmalign.families.diffusion import pipeline as latents
+from mmalign.families.diffusion.pipeline import LatentModel
 from mmalign.rewards.open_clip import OpenClip
 from tests.helpers import recipes
 
@@ -32,15 +32,15 @@ def recipe(tiny_sd15: Path, tmp_path: Path) -> Recipe:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The seeds of every batch that is drawn; a batch that is asked for where the list holds three raises."""
     batches: list[list[int]] = []
-    sample = latents.sample
+    sample = LatentModel.sample
 
-    def counted(pipeline: Any, net: Any, text: Any, seeds: list[int], *rest: Any) -> Any:
+    def counted(family: Any, net: Any, prompts: Any, seeds: list[int], *rest: Any) -> Any:
         if len(batches) == 3:
             raise KeyboardInterrupt
         batches.append(list(seeds))
-        return sample(pipeline, net, text, seeds, *rest)
+        return sample(family, net, prompts, seeds, *rest)
 
-    monkeypatch.setattr(latents, "sample", counted)
+    monkeypatch.setattr(LatentModel, "sample", counted)
     return batches
 
 
