@@ -24,13 +24,7 @@ class UnpairedLossConfig(LossConfig):
         return average
 
     def next_average(self, average: float, updates: int, gain: float) -> float:
-        """Return the average gain after an update.
-
-        Args:
-            average: the average gain of the earlier updates; 0 at first.
-            updates: number of earlier updates.
-            gain: the update's mean gain.
-        """
+        """Return the average gain after an update of mean gain `gain`, from the average of so many earlier updates."""
         return average
 
 

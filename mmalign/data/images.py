@@ -42,25 +42,25 @@ class BadImage(ValueError):
         return str(self.skipped)
 
 
-def decode(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(ref: ImageRef) -> Image.Image:
     """Read an image as RGB: rotated as its EXIF says, transparent parts on white, the first frame of several.
 
     The header is checked before decoding, so that a small file cannot claim much memory.
 
     Raises:
-        BadImage: the image cannot be read, has a side below `min_side`, or has more than `max_pixels` pixels.
+        BadImage: the image cannot be read, has a side below `MIN_SIDE`, or has more than `MAX_PIXELS` pixels.
     """
-    with _opened(ref, min_side, max_pixels) as image:
+    with _opened(ref) as image:
         return _rgb(ImageOps.exif_transpose(image))
 
 
-def image_size(ref: ImageRef, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS) -> ImageSize:
+def image_size(ref: ImageRef) -> ImageSize:
     """Return an image's size after the rotation of its EXIF; only the header is decoded.
 
     Raises:
         BadImage: as `decode` does; damage behind the header is not noticed.
     """
-    with _opened(ref, min_side, max_pixels) as image:
+    with _opened(ref) as image:
         width, height = image.size
         return ImageSize(height, width) if image.getexif().get(_ORIENTATION) in _TURNED else ImageSize(width, height)
 
@@ -69,7 +69,7 @@ _ORIENTATION, _TURNED = 0x0112, range(5, 9)  # EXIF tag, and its values that exc
 
 
 @contextlib.contextmanager
-def _opened(ref: ImageRef, min_side: int, max_pixels: int) -> Iterator[Image.Image]:
+def _opened(ref: ImageRef) -> Iterator[Image.Image]:
     """Yield an image whose header is read and allowed; errors of the block are errors of the image.
 
     Raises:
@@ -89,20 +89,20 @@ def _opened(ref: ImageRef, min_side: int, max_pixels: int) -> Iterator[Image.Ima
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; the size is checked below
             image = Image.open(io.BytesIO(data))
             width, height = image.size
-            if width * height <= max_pixels and min(width, height) >= min_side:
+            if width * height <= MAX_PIXELS and min(width, height) >= MIN_SIDE:
                 # Pixels are decoded in the caller's block, whose errors arrive here
                 yield image
                 return
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
-        raise BadImage(ref.location, f"is larger than {max_pixels:,} pixels") from error
+        raise BadImage(ref.location, f"is larger than {MAX_PIXELS:,} pixels") from error
     except UnidentifiedImageError as error:  # its own message names an object in memory
         raise BadImage(ref.location, f"is not a readable image of {len(data):,} bytes (no known format)") from error
     except Exception as error:  # a broken file may raise anything in Pillow: OSError, SyntaxError, struct.error ...
         raise BadImage(ref.location, f"is not a readable image of {len(data):,} bytes ({error})") from error
     # The image could be opened, and its size is not allowed
-    limits = f"at least {min_side} pixels a side and at most {max_pixels:,} in all"
+    limits = f"at least {MIN_SIDE} pixels a side and at most {MAX_PIXELS:,} in all"
     raise BadImage(ref.location, f"is {width}x{height}; expected {limits}")
 
 

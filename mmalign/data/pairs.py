@@ -366,16 +366,17 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(digest.digest(), "big") >> 1
 
 
+SHOWN = 3  # skipped rows in a message
 _DETAIL = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'[^']*'|\S*\d\S*")  # names and numbers in a reason
 
 
-def format_rows(dropped: Sequence[SkippedRow], most: int = 3) -> str:
-    """Format `most` skipped rows for a message, those of the commonest reason first, with the number of these."""
+def format_rows(dropped: Sequence[SkippedRow]) -> str:
+    """Format a few skipped rows for a message, those of the commonest reason first, with the number of these."""
     reasons = [_DETAIL.sub("", row.reason) for row in dropped]
     numbers = Counter(reasons)
     order = sorted(range(len(dropped)), key=lambda n: -numbers[reasons[n]])
-    more, same = len(dropped) - most, numbers[reasons[order[0]]] if dropped else 0
-    text = "; ".join(str(dropped[n]) for n in order[:most]) + (f"; and {more:,} more" if more > 0 else "")
+    more, same = len(dropped) - SHOWN, numbers[reasons[order[0]]] if dropped else 0
+    text = "; ".join(str(dropped[n]) for n in order[:SHOWN]) + (f"; and {more:,} more" if more > 0 else "")
     return f"{same:,} for one reason: {text}" if more > 0 and len(numbers) > 1 < same else text
 
 

@@ -45,10 +45,7 @@ def report(
 ) -> tuple[dict[str, dict[str, Any]], Table]:
     """Compare the best of n with the base model; return numbers by n for result.json, and a table.
 
-    Args:
-        before: the base model's metrics.
-        chosen: the metrics of the best outputs, by n.
-        count: a further column after the first: its header and its value.
+    `chosen` has the metrics of the best outputs, by n; `count` a further column after the first, header and value.
     """
     numbers, table, header = dict[str, dict[str, Any]](), list[tuple[str, ...]](), count[:1]
     for n, measured in chosen.items():

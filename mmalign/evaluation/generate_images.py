@@ -41,7 +41,7 @@ def generate_images(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampling: SamplingConfig,
-    cache: ImageCache | None = None,
+    cache: ImageCache,
     sources: Sequence[ImageRef] | None = None,
 ) -> list[Image.Image]:
     """Generate an image for every prompt and seed, with a progress bar; `sources` are the images that prompts edit.
@@ -55,7 +55,7 @@ def generate_images(
     processes, images = current_processes(), list[Image.Image]()
     starts = range(0, len(prompts), sampling.batch_size)
     # Each process fills the cache with its batches, and then reads those of all
-    if processes.size > 1 and cache is not None:
+    if processes.size > 1:
         for index, start in enumerate(tracked(starts, "draw")):
             if processes.is_mine(index):
                 _generate_batch(family, net, prompts, seeds, sampling, start, cache, sources)
@@ -82,7 +82,7 @@ def _generate_batch(
     seeds: Sequence[int],
     sampling: SamplingConfig,
     start: int,
-    cache: ImageCache | None,
+    cache: ImageCache,
     sources: Sequence[ImageRef] | None,
 ) -> list[Image.Image]:
     """Return the images of the batch that begins at `start`, from the cache if it has all of them."""
@@ -91,12 +91,10 @@ def _generate_batch(
     # Edits of one prompt differ by their sources
     names = [ref.key for ref in refs] if refs is not None else [""] * len(prompts[batch])
     keys = list(zip(prompts[batch], seeds[batch], names, strict=True))
-    cached = [cache.get(*key) for key in keys] if cache is not None else []
-    batch_images = [image for image in cached if image is not None]
+    batch_images = [image for key in keys if (image := cache.get(*key)) is not None]
     if len(batch_images) < len(keys):
         shown = read_sources(family, refs, sampling) if refs is not None else None
         batch_images = family.sample(net, list(prompts[batch]), list(seeds[batch]), sampling, shown)
-        if cache is not None:
-            for (prompt, seed, source), image in zip(keys, batch_images, strict=True):
-                cache.put(prompt, seed, image, source)
+        for (prompt, seed, source), image in zip(keys, batch_images, strict=True):
+            cache.put(prompt, seed, image, source)
     return batch_images

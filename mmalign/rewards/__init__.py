@@ -71,7 +71,6 @@ class RewardModel(Protocol):
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         """Return scores [N], float32, without gradients; rows are independent. `t` has timesteps [N]."""
-        ...
 
 
 class RewardModule(Protocol):
@@ -80,15 +79,12 @@ class RewardModule(Protocol):
     @property
     def Config(self) -> type[JudgeConfig]:
         """The class of the options."""
-        ...
 
     def check(self, key: str, path: str) -> None:
         """Check `path`, which the recipe names at `key`, before anything is loaded."""
-        ...
 
     def load(self, path: str, device: torch.device, cfg: JudgeConfig) -> RewardModel:
         """Load the reward model from `path` to the device."""
-        ...
 
 
 class ResponseJudge(Protocol):
@@ -102,7 +98,6 @@ class ResponseJudge(Protocol):
         self, images: Shown, prompts: Sequence[str], responses: Sequence[str], truths: Truths | None = None
     ) -> Tensor:
         """Return scores [N], float32, without gradients."""
-        ...
 
 
 class ResponseModule(Protocol):
@@ -110,11 +105,9 @@ class ResponseModule(Protocol):
 
     def check_responses(self, key: str, path: str) -> None:
         """Check `path`, which the recipe names at `key`, before anything is loaded."""
-        ...
 
     def load_responses(self, path: str, device: torch.device, cfg: JudgeConfig) -> ResponseJudge:
         """Load the judge from `path` to the device."""
-        ...
 
 
 PACKAGES = (__name__, "mmalign.judges")

@@ -51,16 +51,7 @@ class _About(TypedDict):
 
 
 class AnnotatorMixture(nn.Module):
-    """Shares of `names` in prototypes, and the prototypes.
-
-    Args:
-        names: the annotators.
-        width: E.
-        prototypes: K.
-        form: the form of the score.
-        seed: seed of the first shares.
-        num_original: number of names, the first ones, that the prototypes were trained with; None for all.
-    """
+    """Shares of `names` in prototypes, and the prototypes, which the first `num_original` names were trained with."""
 
     maps: nn.Parameter | None
     added: nn.Parameter | None  # w of the annotators whose shares alone are trained, the last ones of `names`

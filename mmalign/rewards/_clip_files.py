@@ -20,9 +20,7 @@ CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 def load_start(path: str, *, random: bool = False) -> ClipParts:
     """Load a CLIP with its config: of open_clip, or of transformers if the folder or Hub id has no open_clip config.
 
-    Args:
-        path: a folder or a Hub id.
-        random: true for random weights of the same shape, the same every time.
+    `random` weights have the same shape, and are the same every time.
 
     Raises:
         ValueError: `path` is neither, or its weights are missing or do not fit its config.

@@ -41,13 +41,9 @@ NAMES = (  # a pattern of the release's names, and its replacement in those of `
 
 
 def read_weights(path: str, name: str, config: CLIPConfig, frequencies: int) -> dict[str, Tensor]:
-    """Read a published file as weights of `TimeConditioned`, in float32.
+    """Read a published file of a folder or Hub repository as weights of `TimeConditioned`, in float32.
 
-    Args:
-        path: the folder of the file, or its repository on the Hub.
-        name: the file's name: `.safetensors`, or a pickle of tensors.
-        config: the CLIP's.
-        frequencies: the width of the timestep's sinusoid.
+    The file is `.safetensors` or a pickle of tensors; `frequencies` is the width of the timestep's sinusoid.
 
     Raises:
         ValueError: there is no such file, it is not a file of tensors, or their names or shapes do not fit the config.

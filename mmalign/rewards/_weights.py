@@ -55,13 +55,9 @@ def find_optional(path: str, name: str) -> Path | None:
 
 
 def read_tensors(judge: str, file: Path, example: str, inner: str = "") -> Mapping[str, Tensor]:
-    """Return the tensors of a safetensors file, or of a pickle that holds nothing else.
+    """Return the tensors of a safetensors file, or of a pickle that holds nothing else, perhaps in its entry `inner`.
 
-    Args:
-        judge: the judge's kind, for messages.
-        file: the file.
-        example: the beginning of a tensor's name, for messages.
-        inner: the entry of a pickle that holds the tensors, if they are not its only content.
+    Messages have the judge's kind, and with `example` the beginning of a tensor's name.
 
     Raises:
         ValueError: the file is no such file.

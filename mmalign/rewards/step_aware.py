@@ -249,10 +249,7 @@ def read(path: str) -> Parts:
 def read_release(path: str, weights: str, clip: str) -> Parts:
     """Load a network that SPO's authors published; `save` then writes it as a folder of mmalign.
 
-    Args:
-        path: the folder of the file, or its repository on the Hub.
-        weights: the file's name.
-        clip: the CLIPModel that the network was trained from: a folder or a Hub id.
+    `weights` is the file's name in a folder or Hub repository, `clip` the CLIPModel that it was trained from.
 
     Raises:
         ValueError: there is no such file or CLIP, or the names or shapes of the weights do not fit the CLIP.

@@ -24,6 +24,7 @@ from mmalign.synthesis.bdhs import GroundTruthAnswer, ResponseSampler, bdhs, too
 from mmalign.synthesis.sentence_cuts import MASK, STOPS, WHOLE, masked_openings
 from mmalign.synthesis.similarity import Similarity
 
+EMBEDDED = 64  # images that are embedded at a time
 CUT = "cut at max_new_tokens"  # note on a text that lost its torn last sentence
 CUT_REASON = f"the completion has no whole sentence, {CUT}; raise that"
 Writer = Callable[[ResponsePair], str | None]  # from a pair to a changed text of its answer; None if there is none
@@ -221,11 +222,7 @@ class ImageIndex:
     """
 
     def __init__(
-        self,
-        pairs: Iterable[ResponsePair],
-        embed: Callable[[Sequence[Image.Image]], Tensor],
-        candidates: int,
-        batch_size: int = 64,
+        self, pairs: Iterable[ResponsePair], embed: Callable[[Sequence[Image.Image]], Tensor], candidates: int
     ) -> None:
         self.candidates, self.bad = candidates, dict[str, str]()
         # Distinct images, embedded in batches, without those that cannot be read
@@ -237,7 +234,7 @@ class ImageIndex:
                 self._refs.append(ref)
             except BadImage as error:
                 self.bad[ref.key] = str(error)
-            if batch and (len(batch) == batch_size or number == len(refs)):
+            if batch and (len(batch) == EMBEDDED or number == len(refs)):
                 vectors.append(embed(batch).cpu())
                 batch = []
         # Row of each image in the vectors, and the nearest others

@@ -67,8 +67,9 @@ def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch: pytest.Monke
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("pixels were decoded"))
     with pytest.raises(BadImage, match="80,000,000"):
         decode(ref(data))
+    monkeypatch.setattr("mmalign.data.images.MAX_PIXELS", 399)
     with pytest.raises(BadImage, match=r"is 20x20; expected .* at most 399 in all"):
-        decode(ref(encoded(noise(20, 20))), max_pixels=399)
+        decode(ref(encoded(noise(20, 20))))
 
 
 def test_an_unreadable_file_is_a_bad_image() -> None:

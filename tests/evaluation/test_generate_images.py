@@ -36,13 +36,14 @@ class Painter:
         return [Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for rng in rngs]
 
 
-def generate(painter: Any, cache: ImageCache | None) -> list[bytes]:
+def generate(painter: Any, cache: ImageCache) -> list[bytes]:
     images = generate_images(painter, nn.Identity(), PROMPTS, SEEDS, SamplingConfig(batch_size=2), cache)
     return [image.tobytes() for image in images]
 
 
 def test_stopped_run_resumes_with_its_batch(tmp_path: Path) -> None:
-    whole, settings = generate(Painter(), None), {"model": "a"}
+    settings = {"model": "a"}
+    whole = generate(Painter(), ImageCache(tmp_path / "uninterrupted", settings))
     with pytest.raises(KeyboardInterrupt):
         generate(Painter(fail_at=1), ImageCache(tmp_path, settings))
     again = Painter()

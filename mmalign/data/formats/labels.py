@@ -83,11 +83,7 @@ def _annotator(record: Record) -> str:
 def read_ratings(scales: Scales, record: Record, images: Sequence[int], number: int) -> tuple[tuple[float, ...], ...]:
     """Return the ratings of some of a row's images, NaN where there is none; empty without scales.
 
-    Args:
-        scales: the lowest and the highest value of each column.
-        record: the row; a column has a list with a number for each image, or None.
-        images: the numbers of the images.
-        number: the number of images of the row.
+    A column of the row has a list with a number for each of its images, perhaps None.
 
     Raises:
         UnusableRowError: a column is no list of so many numbers on its scale.

@@ -21,12 +21,8 @@ def audit(
     """Return accuracies on the pairs of known annotators, also by prototype, and a table; intervals are over groups.
 
     An annotator belongs to the prototype with the largest share. Ties of the labels are left out; a tie of the judge is
-    half right. A row of the table without such pairs is left out. Annotators without such pairs are not counted.
-
-    Args:
-        pairs: the data set.
-        comparisons: its comparisons, with the scores of the trained judge and of `MEAN`.
-        shares: the shares [K] of each annotator.
+    half right. A row of the table without such pairs is left out. Annotators without such pairs are not counted. The
+    comparisons have scores of the trained judge and of `MEAN`; each annotator has shares [K].
     """
     names = np.array([pairs[number].label.annotator for number, *_ in comparisons.keys])
     part: dict[str, object] = {"shares": {name: list(own) for name, own in shares.items()}}

@@ -348,9 +348,7 @@ def _headline_table(comparisons: Sequence[MetricsComparison]) -> Table:
     return [("", "before", "after", "change [95 % interval]"), *rows]
 
 
-def _write_answers(
-    folder: Path, benchmark: Benchmark, answers: AnswersByPart, scores: ScoresByPart | None = None
-) -> None:
+def _write_answers(folder: Path, benchmark: Benchmark, answers: AnswersByPart, scores: ScoresByPart | None) -> None:
     """Write a file of answers for each part, in the format that `evaluate.answers` reads, with the judge's scores."""
     folder.mkdir()
     for part, items in benchmark.parts.items():
