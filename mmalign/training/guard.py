@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +18,8 @@ class Guard:
         action: what happens to a bad update.
         max_loss: largest mean loss of an update; None for no limit.
         max_grad_norm_ratio: largest gradient norm, relative to its moving mean; None for no limit.
-        mean_norm: moving mean of the gradient norm, over good updates.
-        number: good updates in the mean.
+        mean_norm: moving mean of the gradient norm, over good updates with a gradient.
+        number: updates in the mean.
         left_out: updates that were left out.
         in_a_row: bad updates since the last good one.
     """
@@ -39,12 +38,14 @@ class Guard:
         return self.max_loss is not None or self.max_grad_norm_ratio is not None
 
     def problem(self, loss: float, norm: float) -> str:
-        """Return what is bad about a finite update; empty for a good one, which enters the mean norm."""
+        """Return what is bad about a finite update; empty for a good one, whose norm enters the mean if not 0."""
         if self.max_loss is not None and loss > self.max_loss:
             return f"the loss of {loss:.4g} is above train.guard.max_loss: {self.max_loss:g}"
+        if not norm:  # as of groups of equal rewards, which do not tell the size of a gradient
+            return ""
         # The first updates only fill the mean
         if self.max_grad_norm_ratio is not None and self.number >= FIRST:
-            ratio = norm / self.mean_norm if self.mean_norm else math.inf
+            ratio = norm / self.mean_norm
             if ratio > self.max_grad_norm_ratio:
                 return (
                     f"the gradient norm of {norm:.4g} is {ratio:.3g} times its mean (train.guard.max_grad_norm_ratio)"

@@ -64,6 +64,14 @@ def test_limits_of_loss_and_gradient() -> None:
     assert other.state() == guard.state()
 
 
+@pytest.mark.parametrize("first", [0.0, 2.0])
+def test_updates_without_a_gradient_do_not_enter_the_mean(first: float) -> None:
+    """As those of a group-relative method, while the rewards of every group are equal."""
+    guard = Guard(max_grad_norm_ratio=3.0)
+    norms = [first] * FIRST + [0.0] * 50 + [2.0]
+    assert not any(guard.problem(1.0, norm) for norm in norms) and guard.mean_norm == pytest.approx(2.0)
+
+
 @pytest.fixture
 def content(tiny_sd15: Path, tmp_path: Path) -> Content:
     """Return a recipe of six updates with a checkpoint after every second one."""
