@@ -59,6 +59,7 @@ def test_own_answers_are_those_of_the_adapter_to_continue(content: Any, vlm_fold
     first.export(tmp_path / "adapter", first.network, "peft", None)
     bare, _ = prepared(content("own"))
     continued = content("own")
+    del continued["model"]["lora"]  # the adapter has its own rank
     continued["model"] |= {"tune": "lora", "adapter": {"path": str(tmp_path / "adapter"), "use": "continue"}}
     continued["data"]["path"] = str(tmp_path / "continued.jsonl")
     rows, _ = prepared(continued)
