@@ -68,3 +68,5 @@ class Guard:
         """Load the state of a checkpoint."""
         self.mean_norm, self.number, self.left_out = state["mean_norm"], int(state["number"]), int(state["left_out"])
         self.in_a_row = 0
+        if not self.mean_norm:  # of a checkpoint whose mean held updates without a gradient
+            self.number = 0

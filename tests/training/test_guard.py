@@ -70,6 +70,9 @@ def test_updates_without_a_gradient_do_not_enter_the_mean(first: float) -> None:
     guard = Guard(max_grad_norm_ratio=3.0)
     norms = [first] * FIRST + [0.0] * 50 + [2.0]
     assert not any(guard.problem(1.0, norm) for norm in norms) and guard.mean_norm == pytest.approx(2.0)
+    # A mean of 0, as checkpoints once had it, begins anew
+    guard.load({"mean_norm": 0.0, "number": FIRST, "left_out": 0})
+    assert not guard.problem(1.0, 2.0) and guard.mean_norm == 2.0
 
 
 @pytest.fixture
