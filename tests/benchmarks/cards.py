@@ -54,7 +54,9 @@ def row(name: str) -> str:
         for kind in KINDS:
             memory = estimate(load_recipe(recipe(Path(folder), side, kind)), None, on_card=True)
             cells += [f"{memory.preparing / 1e9:.1f} / {memory.training(1) / 1e9:.1f}"]
-            whole, apart = (replace(memory, apart=apart).preparing for apart in (False, True))
+            whole, apart = (
+                replace(memory, example=replace(memory.example, apart=apart)).preparing for apart in (False, True)
+            )
             peaks[kind or "bfloat16"] = max(whole, memory.training(1))
             if side:
                 peaks[f"{kind or 'bfloat16'}, offload"] = max(apart, memory.training(1))

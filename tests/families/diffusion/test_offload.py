@@ -109,7 +109,7 @@ def test_a_training_places_what_it_encodes_with(
     together = estimate(load_recipe(content, ["model.offload=false"]), None, on_card=True)
     apart = estimate(recipe, None, on_card=True)
     assert together.preparing - apart.preparing == sum(apart.networks.values()) - max(apart.networks.values())
-    assert "model.offload=true" in together.remedies and "model.offload=true" not in apart.remedies
+    assert "model.offload=true" in together.example.remedies and "model.offload=true" not in apart.example.remedies
 
 
 def test_sharding_is_refused(tiny_sd15: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def existing(folder: Path, *names: str) -> list[str]:
 
 
 def read_pope(folder: Path) -> None:
-    questions = pope.read_questions(folder / "questions.jsonl")
+    questions = pope.read_splits({"random": folder / "questions.jsonl"})["random"]
     answers = pope.read_answers(folder / "answers.jsonl", questions)
     pope.score({"random": questions}, {"random": answers}, parse_strict).as_dict()
     read_questions(folder / "questions.jsonl", "Say.")
