@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mmalign.attention import denoisers
 from mmalign.families.diffusion.lora_files import load_lora
+from mmalign.families.diffusion.sizes import denoiser_name
 from mmalign.families.lora import (
     ADAPTERS,
     PEFT_ADAPTERS,
@@ -26,18 +27,17 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, ModelMixin
 
 
-def merge_adapter(pipeline: DiffusionPipeline, part: str, net: ModelMixin, path: str) -> None:
+def merge_adapter(pipeline: DiffusionPipeline, net: ModelMixin, path: str) -> None:
     """Add existing adapters to the weights of a denoiser; arguments and errors as in `read_adapter`."""
-    read_adapter(pipeline, part, net, path)
+    read_adapter(pipeline, net, path)
     absorb_adapters(net)
 
 
-def read_adapter(pipeline: DiffusionPipeline, part: str, net: ModelMixin, path: str) -> None:
+def read_adapter(pipeline: DiffusionPipeline, net: ModelMixin, path: str) -> None:
     """Add existing adapters to a denoiser: a file or folder of diffusers, kohya, ComfyUI or peft, or a Hub id.
 
     Args:
         pipeline: the pipeline, whose class knows the files' layouts.
-        part: the denoiser's name in it.
         net: the denoiser that gets the adapters.
         path: the file, the folder or the Hub id.
 
@@ -48,7 +48,7 @@ def read_adapter(pipeline: DiffusionPipeline, part: str, net: ModelMixin, path: 
 
     check_adapter_path(path)
     # The reader adds adapters to the network of the pipeline that it gets, here a copy with `net`
-    pipeline, place = copy.copy(pipeline), Path(path)
+    pipeline, part, place = copy.copy(pipeline), denoiser_name(pipeline), Path(path)
     setattr(pipeline, part, net)
     with intact("model.adapter", path, f"adapters of a {type(pipeline).__name__}"), tensors_only(), in_float32():
         # A folder of peft's, or a file in any layout that the pipeline's reader knows

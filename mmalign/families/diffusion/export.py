@@ -163,7 +163,7 @@ def _merged_into(base: LatentModel, net: ModelMixin, plain: ModelMixin) -> Mappi
         weights: Mapping[str, Tensor] = net.state_dict()
         return weights
     if base.loading.adapter is not None:
-        merge_adapter(base.pipeline, denoiser_name(base.pipeline), plain, base.loading.adapter)
+        merge_adapter(base.pipeline, plain, base.loading.adapter)
     return merged_weights(net, plain)
 
 

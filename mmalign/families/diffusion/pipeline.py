@@ -237,7 +237,7 @@ class LatentModel(ABC):
         add_lora(self.network, settings)
 
     def continue_adapter(self, path: str) -> None:
-        read_adapter(self.pipeline, denoiser_name(self.pipeline), self.network, path)
+        read_adapter(self.pipeline, self.network, path)
         make_trainable(self.network)
 
     def unfreeze(self) -> None:
@@ -320,7 +320,7 @@ def load_pipeline(cls: type[DiffusionPipeline], path: str, loading: Loading) -> 
             pipeline = cls.from_pretrained(configured, dtype=dtypes, **options)
         pipeline.to("cpu" if loading.offload and not loading.shapes_only else loading.device)
     if loading.adapter is not None and reads_weights:
-        merge_adapter(pipeline, part, getattr(pipeline, part), loading.adapter)
+        merge_adapter(pipeline, pipeline.components[part], loading.adapter)
     if loading.quantize is not None and not loading.tokenizers_only:
         quantize.fit_for_training(pipeline.components[part], frozen)
     # All parts frozen; training unfreezes its own
