@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -52,6 +53,17 @@ def atomic_write(path: Path, *, marker: str = "", shared: bool = False) -> Itera
         _remove(part)
     # The old folder goes once the new one is in its place
     _remove(aside)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write content as JSON, in one step.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
+    with atomic_write(path) as part:
+        # Half of a character, as a user's text may have, is no UTF-8
+        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
 
 
 def _replace(part: Path, path: Path, aside: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json as json_format
 import logging
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
 
+from mmalign.atomic_io import make_folder, write_json
 from mmalign.commands import preflight
 from mmalign.commands._bench_meters import PARTS, Meter, machine, now, peak_rate
 from mmalign.commands._bench_run import Run, build, count_operations, peak_bytes, weights
@@ -101,6 +101,8 @@ def bench(
     """
     if repeats < 1:
         raise ValueError(f"--repeats: got {repeats}; expected at least 1")
+    if json is not None:
+        make_folder("--json", json.parent)
     recipes = {MMALIGN: load_recipe(source, overrides)}
     recipes |= {variant: load_recipe(source, [*overrides, *variant.split()]) for variant in variants}
     accelerator = open_common_accelerator(recipes)
@@ -109,7 +111,7 @@ def bench(
     if accelerator.is_main_process:
         show(report)
         if json is not None:
-            write_json(asdict(report), json)
+            write_json(json, asdict(report))
             logger.info(f"{json}: the numbers")
     return report
 
@@ -288,9 +290,3 @@ def format_number(value: float | list[float] | None) -> str:
     if isinstance(value, list):
         return f"{statistics.median(value):.2f} ({min(value):.2f} to {max(value):.2f})"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write numbers as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json_format.dumps(content, indent=1) + "\n")

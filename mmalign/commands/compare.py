@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmalign import atomic_io
-from mmalign.atomic_io import atomic_write
+from mmalign.atomic_io import atomic_write, write_json
 from mmalign.commands import evaluate, prepare, train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.config import Recipe
@@ -282,8 +282,7 @@ def _write(file: Path, rows: Sequence[TableRow], plan: Sequence[Stage], command:
     atomic_io.make_folder("compare", file.parent)
     with atomic_write(file) as part:
         part.write_text(as_markdown(rows, command), encoding="utf-8")
-    with atomic_write(file.with_suffix(".json")) as part:
-        part.write_text(json.dumps([row.as_dict() for row in rows], indent=1), encoding="utf-8")
+    write_json(file.with_suffix(".json"), [row.as_dict() for row in rows])
     with atomic_write(file.with_suffix(".png")) as part:
         plot_curve(rows, part)
     if (write_images := _samples_of(plan[0].runs[0]).write_images) is not None:

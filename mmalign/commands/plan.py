@@ -6,7 +6,6 @@ its kernels and the gaps of its allocator, so a plan fits if it leaves `MARGIN` 
 
 from __future__ import annotations
 
-import json as json_format
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmalign import methods
+from mmalign.atomic_io import make_folder, write_json
 from mmalign.commands._bench_run import build, peak_bytes
 from mmalign.commands._plan_memory import Memory, estimate
 from mmalign.commands.load_recipe import load_recipe
@@ -94,12 +94,13 @@ def plan(recipe: Recipe, *, memory: float | None = None, probe: bool = False, js
     Raises:
         ValueError: the model's configurations are not at hand, or the model cannot be trained as the recipe asks.
     """
+    if json is not None:
+        make_folder("--json", json.parent)
     memory = memory_of_card(memory)
     result = compute(recipe, memory, probe=probe)
     show(result, recipe, memory)
     if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(json_format.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+        write_json(json, asdict(result))
         logger.info(f"{json}: the numbers")
     return result
 

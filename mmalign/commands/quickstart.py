@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mmalign.atomic_io import write_json
 from mmalign.commands import evaluate, gallery, prepare, train
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.console import muted
@@ -65,7 +66,7 @@ def quickstart(
         **numbers,
         "details": details,
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    write_json(folder / "result.json", result)
     shutil.copyfile(page.with_name("gallery.png"), folder / "gallery.png")
     for sentence in sentences:
         logger.info(sentence)

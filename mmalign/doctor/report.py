@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mmalign.atomic_io import atomic_write
+from mmalign.atomic_io import write_json
 from mmalign.doctor.checks import CHECKS
 from mmalign.doctor.corpus import Corpus, NotChecked
 from mmalign.doctor.findings import Finding
@@ -87,8 +86,7 @@ class Report:
                 for one in self.findings
             ],
         }
-        with atomic_write(file) as part:
-            part.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8", errors="replace")
+        write_json(file, content)
 
 
 def examine(corpus: Corpus, source: str, ignore: Collection[str] = ()) -> Report:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NotRequired
@@ -10,7 +9,7 @@ from typing import NotRequired
 from PIL import Image
 from typing_extensions import TypedDict
 
-from mmalign.atomic_io import atomic_write
+from mmalign.atomic_io import atomic_write, write_json
 from mmalign.config import EvaluateImages, Recipe
 from mmalign.data.formats.image_layouts import SOURCE
 from mmalign.data.images import BadImage, decode_file
@@ -142,8 +141,7 @@ def write_images(file: Path, recipes: Mapping[str, Recipe]) -> None:
     }
     with atomic_write(file.with_name(f"{file.stem}-pictures.png")) as part:
         part.write_bytes(encode_grid(render_side_by_side(prompts, columns, title, lines), [title, *lines]))
-    with atomic_write(file.with_name(f"{file.stem}-pictures.json")) as part:
-        part.write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_json(file.with_name(f"{file.stem}-pictures.json"), manifest)
 
 
 def _read_image(folder: Path, side: str, index: int) -> Image.Image:
