@@ -64,8 +64,7 @@ def default_side(path: str, revision: str | None = None) -> int | None:
             files = [_index_file(path, revision, f"{name}/config.json") for name in (part, "vae")]
         except ValueError:
             continue
-        denoiser, vae = (read_json(file, "expected a configuration; copy it again", str(file)) for file in files)
-        assert isinstance(denoiser, dict) and isinstance(vae, dict), "configurations are dictionaries"
+        denoiser, vae = (_read_dictionary(file, "a configuration") for file in files)
         # The denoiser's side is in latents; all blocks of the autoencoder but one halve it
         side, blocks = denoiser.get("sample_size"), vae.get("block_out_channels")
         if isinstance(side, int) and isinstance(blocks, list):
@@ -111,12 +110,19 @@ def model_type(path: str, revision: str | None = None) -> str:
 
 
 def _read_index(file: Path, key: str, kind: str) -> dict[str, Any]:
-    """Read a dictionary of JSON with a text at `key`; its entries are of any type."""
-    remedy = f"expected {kind}; copy the model again"
-    index = read_json(file, remedy, f"model.path: {file}")
-    if not isinstance(index, dict) or not isinstance(index.get(key), str):
-        raise ValueError(f"model.path: {file} has no text {key!r}; {remedy}")
+    """Read a dictionary of JSON with a text at `key`."""
+    index = _read_dictionary(file, kind)
+    if not isinstance(index.get(key), str):
+        raise ValueError(f"model.path: {file} has no text {key!r}; expected {kind}; copy the model again")
     return index
+
+
+def _read_dictionary(file: Path, kind: str) -> dict[str, Any]:
+    remedy = f"expected {kind}; copy the model again"
+    content = read_json(file, remedy, f"model.path: {file}")
+    if not isinstance(content, dict):
+        raise ValueError(f"model.path: {file} holds a {type(content).__name__} and no dictionary; {remedy}")
+    return content
 
 
 def _index_file(

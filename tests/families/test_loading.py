@@ -1,10 +1,11 @@
 """Tokenizers and processors without networks count and render as those of the whole models do."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mmalign.families.loading import load_processor, load_tokenizers, local_folder
+from mmalign.families.loading import default_side, load_processor, load_tokenizers, local_folder, recognize
 from mmalign.language.chat import Turn
 from tests.helpers import Folders, flow_models
 from tests.helpers.loading import load_diffusion, load_vlm
@@ -39,6 +40,27 @@ def test_processor_without_network_is_the_model_s(vlm_folders: Folders) -> None:
 def test_only_local_models_are_opened(tmp_path: Path) -> None:
     assert local_folder(str(tmp_path)) == str(tmp_path)
     assert local_folder("organisation/no-such-model") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("model_index.json", recognize),
+        ("config.json", recognize),
+        ("unet/config.json", default_side),
+        ("vae/config.json", default_side),
+    ],
+)
+@pytest.mark.parametrize("content", ["[]", "3", '"unet"', "null"])
+def test_a_configuration_that_is_no_dictionary_is_named(
+    name: str, read: Callable[[str], object], content: str, tmp_path: Path
+) -> None:
+    for file in ("unet/config.json", "vae/config.json", name):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"model.path: .*{name} holds .* no dictionary; .*; copy the model again"):
+        read(str(tmp_path))
 
 
 TURNS = [Turn("user", "What is here?")]
