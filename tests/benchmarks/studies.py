@@ -66,6 +66,7 @@ class Study:
         rates: the learning rates to choose from; none to keep the recipes'.
         search: settings of the search alone, such as fewer updates, by arm.
         lower_is_better: the sign of the first measure.
+        pairs: numbers of pairs after which the compared runs are evaluated too.
     """
 
     arms: Mapping[str, Arm]
@@ -73,6 +74,7 @@ class Study:
     rates: Sequence[float] = ()
     search: Mapping[str, Sequence[str]] = field(default_factory=dict)
     lower_is_better: bool = False
+    pairs: Sequence[int] = ()
 
 
 def flipped_labels(folder: Path) -> Study:
@@ -160,7 +162,7 @@ def online_images(folder: Path) -> Study:
         for name in updates
     }
     shorter = {name: [f"train.steps={updates[name] // 3}"] for name in arms}
-    return Study({**offline, **arms}, write, rates=(2e-5, 4e-5), search=shorter)
+    return Study({**offline, **arms}, write, rates=(2e-5, 4e-5), search=shorter, pairs=(1536,))
 
 
 def _generate_lists(folder: Path, settings: Sequence[str] = ()) -> Path:
@@ -250,7 +252,7 @@ def run(study: Study, folder: Path, seeds: int) -> None:
     for name, arm in study.arms.items():
         chosen = [f"train.lr={rates[name]}"] if name in rates else []
         sources.append(_write_recipe(folder / "recipes" / f"{name}.yaml", arm, chosen))
-    compare(sources, seeds=seeds, output=folder / "test")
+    compare(sources, seeds=seeds, output=folder / "test", pairs=study.pairs)
     print((folder / "test" / "comparison.md").read_text())
     print("\n".join(f"{name}: lr {rate:g}" for name, rate in rates.items()))
     for name, seed in itertools.product(study.arms, range(seeds)):  # verdicts tell learned rates of wrong labels
