@@ -16,7 +16,6 @@ import logging
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +37,8 @@ from mmalign.training.export import read_run_info
 logger = logging.getLogger(__name__)
 
 BASELINES = ("sft", "response_sft")  # methods that learn from the chosen side alone
+# Settings of a model that may differ between recipes: those of training, and precisions
+OF_TRAINING = {"tune", "lora", "offload", "quantize", "vae_dtype"}
 
 
 class Stage(NamedTuple):
@@ -140,16 +141,21 @@ def _load(sources: Sequence[str], overrides: Sequence[str]) -> dict[str, Recipe]
             )
         recipes[name] = recipe
     (first_name, first), *others = recipes.items()
-    # What must be equal for all
     for name, other in others:
-        for key in ("model.path", "model.revision", "evaluate"):
-            values = [attrgetter(key)(recipe) for recipe in (first, other)]
-            if values[0] != values[1]:
+        settings = _base(other)
+        for key, value in _base(first).items():
+            if value != (another := settings.get(key)):
                 raise ValueError(
-                    f"compare: {key} differs between {first_name} and {name} ({values[0]!r} and {values[1]!r}); give "
-                    f"both the same, for example by --set {key}=..."
+                    f"compare: {key} differs between {first_name} and {name} ({value!r} and {another!r}); give both "
+                    f"the same, for example by --set {key}=..."
                 )
     return recipes
+
+
+def _base(recipe: Recipe) -> dict[str, object]:
+    """Return what decides the base model's row by key; it must be equal for all recipes."""
+    model = recipe.model.model_dump(exclude=OF_TRAINING)
+    return {**{f"model.{key}": value for key, value in model.items()}, "evaluate": recipe.evaluate}
 
 
 def _samples_of(recipe: Recipe) -> Samples:

@@ -267,11 +267,18 @@ def test_lora_and_full_runs_share_a_folder_of_caches(content: Content, tmp_path:
         ({"evaluate": {"benchmark": "implicit"}}, "has no benchmark with generated images or answers"),
         ({"evaluate": {**EVALUATE, "num_images": 4}}, "evaluate differs between dpo and other"),
         ({"model": {"path": "models/tiny_sd"}}, "model.path differs between dpo and other"),
+        ({"model": {"variant": "fp16"}}, "model.variant differs between dpo and other"),
+        (
+            {"model": {"adapter": {"path": "runs/first/model", "use": "merge"}}},
+            "model.adapter differs between dpo and other",
+        ),
+        ({"model": {"template_arguments": {"enable_thinking": False}}}, "model.template_arguments differs"),
     ],
 )
 def test_refuses_recipes_of_different_benchmarks(
     changed: Content, sentence: str, content: Content, sources: list[str], tmp_path: Path, calls: list[str]
 ) -> None:
+    changed = {**changed, "model": {**content["model"], **changed.get("model", {})}}
     other_recipe = recipe(tmp_path, "other", {**content, **changed})
     with pytest.raises(ValueError, match=sentence):
         compare([sources[0], other_recipe], seeds=1, output=tmp_path / "compared")
