@@ -32,15 +32,21 @@ LISTS = "configs/text_to_image/diffusion_lpo_tiny_sd.yaml"
 SFT, RESPONSE_SFT = "configs/text_to_image/sft_tiny_sd.yaml", "configs/vision_language/response_sft_tiny_llava.yaml"
 VALIDATION = ("evaluate.split=validation", "evaluate.best_of=null")  # best of n takes no part in a search
 PAIRS = Path("assets/quickstart-pairs.parquet")
-# Eight updates of every generation of 96 images (16 prompts, 6 each): of 16 pairs of prompts, or 8 prompts at a time
-ONLINE_UPDATES, ONLINE_IMAGES = 192, 2304
-ALL_IMAGES = "method.generation.prompts_per_contrast=8"  # of a prompt are learned from
-ONLINE: Mapping[str, Sequence[str]] = {
-    "diffusion_online_dpo": ["method.generation.noisings=8"],
-    "nft": [ALL_IMAGES],
-    "awm": [ALL_IMAGES],
-    "dgpo": [ALL_IMAGES],
-    "flow_grpo": [ALL_IMAGES, "method.generation.window=4"],
+# 18 generations of 128 images, four of each prompt, and six updates of each, of 64 images: of the best and the worst
+# image of all 32 prompts, or of all four images of 16 prompts
+ONLINE_UPDATES, ONLINE_IMAGES = 108, 2304
+GENERATION = ["train.batch_size=32", "method.generation.images=4", "method.generation.batch_size=64"]
+ALL_IMAGES = [*GENERATION, "method.generation.prompts_per_contrast=16"]
+NOISED = [*ALL_IMAGES, "method.generation.noisings=3", "method.generation.eta=0.0"]
+ONLINE: Mapping[str, tuple[Sequence[str], Sequence[float]]] = {  # settings, and learning rates of the search
+    "diffusion_online_dpo": (
+        [*GENERATION, "method.generation.noisings=6", "method.generation.eta=0.0"],
+        (2e-5, 4e-5),
+    ),
+    "nft": (NOISED, (4e-5, 1e-4)),
+    "awm": (NOISED, (4e-5, 1e-4)),
+    "dgpo": (NOISED, (2e-5, 4e-5)),
+    "flow_grpo": ([*ALL_IMAGES, "method.generation.window=3"], (4e-5, 1e-4)),
 }
 WORTH = 4.0  # log-odds of a fulfilled part of a prompt, for MODPO's margin
 # Without a part of sums, and a loss that needs a known rate
@@ -50,10 +56,11 @@ BEST_OF = "evaluate.best_of={n: [4, 16], reward: {path: models/tiny_clip}}"  # t
 
 @dataclass(frozen=True)
 class Arm:
-    """Recipe of a study: a shipped recipe with other settings."""
+    """Recipe of a study: a shipped recipe with other settings, and learning rates where they are not the study's."""
 
     recipe: str
     overrides: Sequence[str] = ()
+    rates: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,6 @@ class Study:
         rates: the learning rates to choose from; none to keep the recipes'.
         search: settings of the search alone, such as fewer updates, by arm.
         lower_is_better: the sign of the first measure.
-        pairs: numbers of pairs after which the compared runs are evaluated too.
     """
 
     arms: Mapping[str, Arm]
@@ -74,7 +80,6 @@ class Study:
     rates: Sequence[float] = ()
     search: Mapping[str, Sequence[str]] = field(default_factory=dict)
     lower_is_better: bool = False
-    pairs: Sequence[int] = ()
 
 
 def flipped_labels(folder: Path) -> Study:
@@ -139,8 +144,7 @@ def objectives(folder: Path) -> Study:
 def online_images(folder: Path) -> Study:
     """Return the study of learning online, beside methods that learn from as many images of the base model.
 
-    All of it runs in bfloat16, which is half again as fast on a CPU that has it. Diffusion-DPO has as many updates as
-    online DPO's CPU time allows.
+    All of it runs in bfloat16, which is half again as fast on a CPU that has it.
     """
     pairs, half = folder / "pairs.parquet", "train.precision=bfloat16"
 
@@ -154,15 +158,18 @@ def online_images(folder: Path) -> Study:
         "sft": Arm(SFT, [f"data.path={pairs}", half]),
         "diffusion_dpo": Arm(IMAGES, [f"data.path={pairs}", half, "train.steps=106"]),
     }
-    updates = dict.fromkeys(ONLINE, ONLINE_UPDATES) | {"spo": ONLINE_IMAGES // 32}  # of 32 sampled images
     arms = {
-        name: Arm(
-            f"configs/text_to_image/{name}_tiny_sd.yaml", [*ONLINE.get(name, ()), half, f"train.steps={updates[name]}"]
-        )
-        for name in updates
+        name: Arm(_tiny_sd(name), [*settings, half, f"train.steps={ONLINE_UPDATES}"], rates)
+        for name, (settings, rates) in ONLINE.items()
     }
-    shorter = {name: [f"train.steps={updates[name] // 3}"] for name in arms}
-    return Study({**offline, **arms}, write, rates=(2e-5, 4e-5), search=shorter, pairs=(1536,))
+    sampled = ONLINE_IMAGES // 32  # updates of 32 sampled images
+    shorter = {name: [f"train.steps={ONLINE_UPDATES // 2}"] for name in arms} | {"spo": [f"train.steps={sampled // 3}"]}
+    arms["spo"] = Arm(_tiny_sd("spo"), [half, f"train.steps={sampled}"])
+    return Study({**offline, **arms}, write, rates=(2e-5, 4e-5), search=shorter)
+
+
+def _tiny_sd(method: str) -> str:
+    return f"configs/text_to_image/{method}_tiny_sd.yaml"
 
 
 def _generate_lists(folder: Path, settings: Sequence[str] = ()) -> Path:
@@ -235,13 +242,16 @@ def search(study: Study, folder: Path) -> dict[str, float]:
             [f"train.lr={rate}", *study.search.get(name, ()), *VALIDATION],
         )
         for name, arm in study.arms.items()
-        for rate in study.rates
+        for rate in arm.rates or study.rates
     }
     compare(list(sources.values()), seeds=1, output=folder / "search")
     rows = {row["name"]: row for row in json.loads((folder / "search" / "comparison.json").read_text())}
     gains = {key: _first_change(rows[Path(source).stem]) for key, source in sources.items()}
     sign = -1 if study.lower_is_better else 1
-    return {name: max(study.rates, key=lambda rate: sign * gains[name, rate]) for name in study.arms}
+    return {
+        name: max(arm.rates or study.rates, key=lambda rate: sign * gains[name, rate])
+        for name, arm in study.arms.items()
+    }
 
 
 def run(study: Study, folder: Path, seeds: int) -> None:
@@ -252,7 +262,7 @@ def run(study: Study, folder: Path, seeds: int) -> None:
     for name, arm in study.arms.items():
         chosen = [f"train.lr={rates[name]}"] if name in rates else []
         sources.append(_write_recipe(folder / "recipes" / f"{name}.yaml", arm, chosen))
-    compare(sources, seeds=seeds, output=folder / "test", pairs=study.pairs)
+    compare(sources, seeds=seeds, output=folder / "test")
     print((folder / "test" / "comparison.md").read_text())
     print("\n".join(f"{name}: lr {rate:g}" for name, rate in rates.items()))
     for name, seed in itertools.product(study.arms, range(seeds)):  # verdicts tell learned rates of wrong labels
