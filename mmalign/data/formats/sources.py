@@ -30,7 +30,9 @@ EXPECTED = "expected *.parquet, *.arrow, *.json, *.jsonl, *.csv, *.tsv or *.tar,
 
 # Files that describe a data set, and files of other kinds
 _DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_REMEDIES = {".xls": "save it as CSV", ".xlsx": "save it as CSV"}
+_REMEDIES = dict.fromkeys((".xls", ".xlsx", ".ods"), "save it as CSV")
+_REMEDIES |= dict.fromkeys((".feather", ".orc", ".avro", ".h5", ".hdf5", ".npz"), "save it as Parquet")
+_REMEDIES |= dict.fromkeys((".sqlite", ".sqlite3", ".db", ".xml"), "save its rows as JSON lines")
 _REMEDIES |= dict.fromkeys((".zip", ".tgz", ".tar.gz", ".7z", ".rar"), "unpack it")
 _REMEDIES |= dict.fromkeys((".pkl", ".pickle", ".pt", ".pth"), "save it as Parquet, since a pickle can run any code")
 

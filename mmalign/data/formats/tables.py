@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyarrow import Array, ChunkedArray, DataType, Schema, Table
 
 TABLES = (".parquet", ".arrow")
+_ARROW_FILE = b"ARROW1"  # first bytes of Arrow's other format, which pandas and polars write as Feather
 BATCH = 2048  # rows that are read at a time
 
 RowStarts = list[tuple[int, str]]  # (first row, name) of every file
@@ -208,6 +209,9 @@ def read_schema(file: Path) -> Schema:
     try:
         if file.suffix.lower() == ".arrow":
             with pa.memory_map(str(file)) as stream:
+                if stream.read(len(_ARROW_FILE)) == _ARROW_FILE:
+                    raise ValueError(f"data.path: {file} is a Feather file, none of save_to_disk; save it as Parquet")
+                stream.seek(0)
                 return pa.ipc.open_stream(stream).schema
         return pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
