@@ -10,6 +10,7 @@ import binascii
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -128,13 +129,17 @@ class ImageReader:
         return self._keys[cell]
 
     def _path(self, name: str, folders: Sequence[Path]) -> Path:
-        """Return the path of a name in the first folder that has it; also of one with the separators of Windows."""
+        """Return the path of a name in the first folder that has it.
+
+        The separators may be those of Windows, and an accent a character of its own or not, as on macOS.
+        """
         name = name.removeprefix("file://")
         roots = [self._folder] if self._folder is not None else folders
-        names = [name, name.replace("\\", "/")] if "\\" in name else [name]
-        paths = [contained_path(roots[0], one) for one in names]
-        paths += [root / one for one in names for root in roots[1:]]
-        return next((path for path in paths if is_file(path)), paths[-1] if len(names) > 1 else paths[0])
+        local = name.replace("\\", "/")
+        names = list(dict.fromkeys((name, local, *(unicodedata.normalize(form, local) for form in ("NFC", "NFD")))))
+        paths = [contained_path(roots[0], spelling) for spelling in names]
+        paths += [root / spelling for spelling in names for root in roots[1:]]
+        return next((path for path in paths if is_file(path)), roots[0] / local)
 
 
 def image_name(image: Image) -> str:

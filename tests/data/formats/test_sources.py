@@ -4,9 +4,10 @@ import gzip
 import json
 import os
 import tarfile
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -77,6 +78,17 @@ def test_every_kind_of_file_gives_the_same_pairs(kind: str, tmp_path: Path) -> N
     assert seeds(open_pairs("folder", str(path))) == ROWS
     folder = path if path.is_dir() else path.parent
     assert seeds(open_pairs("auto", str(folder))) == ROWS  # the folder's only source
+
+
+@pytest.mark.parametrize(("of_file", "of_row"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_accent_may_be_a_character_of_its_own(
+    of_file: Literal["NFC", "NFD"], of_row: Literal["NFC", "NFD"], tmp_path: Path
+) -> None:
+    write_images(tmp_path)
+    folder, named = (unicodedata.normalize(form, "caf\u00e9") for form in (of_file, of_row))
+    (tmp_path / "images").rename(tmp_path / folder)
+    (tmp_path / "pairs.jsonl").write_bytes(as_lines(records(lambda seed: f"{named}/{seed}.png")))
+    assert seeds(open_pairs("auto", str(tmp_path / "pairs.jsonl"))) == ROWS
 
 
 def test_archives_may_have_pick_a_pic_s_columns(tmp_path: Path) -> None:
