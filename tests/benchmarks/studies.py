@@ -73,6 +73,7 @@ class Study:
         rates: the learning rates to choose from; none to keep the recipes'.
         search: settings of the search alone, such as fewer updates, by arm.
         lower_is_better: the sign of the first measure.
+        pairs: numbers of pairs after which the compared runs are evaluated too.
     """
 
     arms: Mapping[str, Arm]
@@ -80,6 +81,7 @@ class Study:
     rates: Sequence[float] = ()
     search: Mapping[str, Sequence[str]] = field(default_factory=dict)
     lower_is_better: bool = False
+    pairs: Sequence[int] = ()
 
 
 def flipped_labels(folder: Path) -> Study:
@@ -165,7 +167,8 @@ def online_images(folder: Path) -> Study:
     sampled = ONLINE_IMAGES // 32  # updates of 32 sampled images
     shorter = {name: [f"train.steps={ONLINE_UPDATES // 2}"] for name in arms} | {"spo": [f"train.steps={sampled // 3}"]}
     arms["spo"] = Arm(_tiny_sd("spo"), [half, f"train.steps={sampled}"])
-    return Study({**offline, **arms}, write, rates=(2e-5, 4e-5), search=shorter)
+    halfway = (ONLINE_UPDATES // 2 * 32,)  # updates of 32 pairs, or of 64 images
+    return Study({**offline, **arms}, write, rates=(2e-5, 4e-5), search=shorter, pairs=halfway)
 
 
 def _tiny_sd(method: str) -> str:
@@ -262,7 +265,7 @@ def run(study: Study, folder: Path, seeds: int) -> None:
     for name, arm in study.arms.items():
         chosen = [f"train.lr={rates[name]}"] if name in rates else []
         sources.append(_write_recipe(folder / "recipes" / f"{name}.yaml", arm, chosen))
-    compare(sources, seeds=seeds, output=folder / "test")
+    compare(sources, seeds=seeds, output=folder / "test", pairs=study.pairs)
     print((folder / "test" / "comparison.md").read_text())
     print("\n".join(f"{name}: lr {rate:g}" for name, rate in rates.items()))
     for name, seed in itertools.product(study.arms, range(seeds)):  # verdicts tell learned rates of wrong labels
