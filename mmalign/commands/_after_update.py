@@ -84,6 +84,7 @@ class AfterUpdate:
             self.reporter.verdict = self._verdict(values) if last else ""
             self.save(score)
             if code:
+                self.run.train_state.accelerator.end_training()  # else a tracker takes the run for a failed one
                 raise self.stop.stopped(code, progress.step, checkpoint.name(progress.step))
 
     def save(self, score: float | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from mmalign import atomic_io
@@ -123,7 +124,7 @@ def test_ignored_signals_stay_ignored() -> None:
 
 @pytest.mark.slow
 def test_time_limit_saves_and_stops(content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
+    now, closed = [0.0], list[Accelerator]()
 
     def clock() -> float:
         now[0] += 60.0
@@ -131,9 +132,11 @@ def test_time_limit_saves_and_stops(content: Content, tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr("mmalign.training.stopping.time", SimpleNamespace(monotonic=clock))
+        patch.setattr(Accelerator, "end_training", lambda self: closed.append(self))
         with pytest.raises(TrainingStopped, match=r"after update 2 \(limits.hours: 0.03 reached\)") as raised:
             train(load_recipe(content, ["limits.hours=0.03"]))
     assert raised.value.code == TIME_LIMIT_CODE
+    assert len(closed) == 1  # trackers know that the run has ended
     whole = train_weights({**content, "output": str(tmp_path / "whole")})
     assert_same(train_weights(content), whole)
     assert load_file(tmp_path / "out" / "checkpoint-00000002" / "model.safetensors")
