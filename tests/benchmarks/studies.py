@@ -32,22 +32,15 @@ LISTS = "configs/text_to_image/diffusion_lpo_tiny_sd.yaml"
 SFT, RESPONSE_SFT = "configs/text_to_image/sft_tiny_sd.yaml", "configs/vision_language/response_sft_tiny_llava.yaml"
 VALIDATION = ("evaluate.split=validation", "evaluate.best_of=null")  # best of n takes no part in a search
 PAIRS = Path("assets/quickstart-pairs.parquet")
-# 18 generations of 128 images, four of each prompt, and six updates of each, of 64 images: of the best and the worst
-# image of all 32 prompts, or of all four images of 16 prompts
-ONLINE_UPDATES, ONLINE_IMAGES = 108, 2304
-GENERATION = ["train.batch_size=32", "method.generation.images=4", "method.generation.batch_size=64"]
-ALL_IMAGES = [*GENERATION, "method.generation.prompts_per_contrast=16"]
-NOISED = [*ALL_IMAGES, "method.generation.noisings=3", "method.generation.eta=0.0"]
-ONLINE: Mapping[str, tuple[Sequence[str], Sequence[float]]] = {  # settings, and learning rates of the search
-    "diffusion_online_dpo": (
-        [*GENERATION, "method.generation.noisings=6", "method.generation.eta=0.0"],
-        (2e-5, 4e-5),
-    ),
-    "nft": (NOISED, (4e-5, 1e-4)),
-    "awm": (NOISED, (4e-5, 1e-4)),
-    "dgpo": (NOISED, (2e-5, 4e-5)),
-    "flow_grpo": ([*ALL_IMAGES, "method.generation.window=3"], (4e-5, 1e-4)),
+# Learning rates of the search; none for the rate of `online_dpo_fixed`, which their recipes have
+ONLINE: Mapping[str, Sequence[float]] = {
+    "diffusion_online_dpo": (),
+    "dgpo": (),
+    "nft": (4e-5, 1e-4),
+    "awm": (4e-5, 1e-4),
+    "flow_grpo": (4e-5, 1e-4),
 }
+ONLINE_UPDATES, ONLINE_IMAGES = 108, 2304  # six updates of 64 images, of every 128 images
 WORTH = 4.0  # log-odds of a fulfilled part of a prompt, for MODPO's margin
 # Without a part of sums, and a loss that needs a known rate
 LOSSES = {name: kind for name, kind in Choice.sections(PairLossConfig).items() if name not in ("anchor", "robust")}
@@ -56,11 +49,17 @@ BEST_OF = "evaluate.best_of={n: [4, 16], reward: {path: models/tiny_clip}}"  # t
 
 @dataclass(frozen=True)
 class Arm:
-    """Recipe of a study: a shipped recipe with other settings, and learning rates where they are not the study's."""
+    """Recipe of a study: a shipped recipe with other settings.
+
+    Attributes:
+        recipe: the shipped recipe.
+        overrides: the settings.
+        rates: the learning rates to choose from; none to keep the recipe's, None for the study's.
+    """
 
     recipe: str
     overrides: Sequence[str] = ()
-    rates: Sequence[float] = ()
+    rates: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,13 +159,12 @@ def online_images(folder: Path) -> Study:
         "sft": Arm(SFT, [f"data.path={pairs}", half]),
         "diffusion_dpo": Arm(IMAGES, [f"data.path={pairs}", half, "train.steps=106"]),
     }
-    arms = {
-        name: Arm(_tiny_sd(name), [*settings, half, f"train.steps={ONLINE_UPDATES}"], rates)
-        for name, (settings, rates) in ONLINE.items()
-    }
-    sampled = ONLINE_IMAGES // 32  # updates of 32 sampled images
-    shorter = {name: [f"train.steps={ONLINE_UPDATES // 2}"] for name in arms} | {"spo": [f"train.steps={sampled // 3}"]}
-    arms["spo"] = Arm(_tiny_sd("spo"), [half, f"train.steps={sampled}"])
+    arms = {name: Arm(_tiny_sd(name), [half], rates) for name, rates in ONLINE.items()}
+    arms["online_dpo_fixed"] = Arm(_tiny_sd("diffusion_online_dpo"), [half, "method.reference=null"])
+    shorter = {name: [f"train.steps={ONLINE_UPDATES // 2}"] for name in arms}
+    # 32 images are sampled for each of its updates
+    arms["spo"] = Arm(_tiny_sd("spo"), [half, f"train.steps={ONLINE_IMAGES // 32}"])
+    shorter["spo"] = [f"train.steps={ONLINE_IMAGES // 96}"]
     halfway = (ONLINE_UPDATES // 2 * 32,)  # updates of 32 pairs, or of 64 images
     return Study({**offline, **arms}, write, rates=(2e-5, 4e-5), search=shorter, pairs=halfway)
 
@@ -245,16 +243,23 @@ def search(study: Study, folder: Path) -> dict[str, float]:
             [f"train.lr={rate}", *study.search.get(name, ()), *VALIDATION],
         )
         for name, arm in study.arms.items()
-        for rate in arm.rates or study.rates
+        for rate in _rates(study, arm)
     }
+    if not sources:
+        return {}
     compare(list(sources.values()), seeds=1, output=folder / "search")
     rows = {row["name"]: row for row in json.loads((folder / "search" / "comparison.json").read_text())}
     gains = {key: _first_change(rows[Path(source).stem]) for key, source in sources.items()}
     sign = -1 if study.lower_is_better else 1
     return {
-        name: max(arm.rates or study.rates, key=lambda rate: sign * gains[name, rate])
+        name: max(rates, key=lambda rate: sign * gains[name, rate])
         for name, arm in study.arms.items()
+        if (rates := _rates(study, arm))
     }
+
+
+def _rates(study: Study, arm: Arm) -> Sequence[float]:
+    return study.rates if arm.rates is None else arm.rates
 
 
 def run(study: Study, folder: Path, seeds: int) -> None:
