@@ -32,9 +32,9 @@ LISTS = "configs/text_to_image/diffusion_lpo_tiny_sd.yaml"
 SFT, RESPONSE_SFT = "configs/text_to_image/sft_tiny_sd.yaml", "configs/vision_language/response_sft_tiny_llava.yaml"
 VALIDATION = ("evaluate.split=validation", "evaluate.best_of=null")  # best of n takes no part in a search
 PAIRS = Path("assets/quickstart-pairs.parquet")
-# Learning rates of the search; none for the rate of `online_dpo_fixed`, which their recipes have
+# Learning rates of the search; DGPO has online DPO's
 ONLINE: Mapping[str, Sequence[float]] = {
-    "diffusion_online_dpo": (),
+    "diffusion_online_dpo": (2e-5, 4e-5),
     "dgpo": (),
     "nft": (4e-5, 1e-4),
     "awm": (4e-5, 1e-4),
@@ -161,7 +161,8 @@ def online_images(folder: Path) -> Study:
     }
     arms = {name: Arm(_tiny_sd(name), [half], rates) for name, rates in ONLINE.items()}
     arms["online_dpo_fixed"] = Arm(_tiny_sd("diffusion_online_dpo"), [half, "method.reference=null"])
-    shorter = {name: [f"train.steps={ONLINE_UPDATES // 2}"] for name in arms}
+    # A reference that moves allows more from update to update: the rate that is best halfway is too large at the end
+    shorter = {name: [f"train.steps={ONLINE_UPDATES // 2}"] for name in arms if name != "diffusion_online_dpo"}
     # 32 images are sampled for each of its updates
     arms["spo"] = Arm(_tiny_sd("spo"), [half, f"train.steps={ONLINE_IMAGES // 32}"])
     shorter["spo"] = [f"train.steps={ONLINE_IMAGES // 96}"]
