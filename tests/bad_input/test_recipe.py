@@ -52,7 +52,7 @@ from tests.helpers.logged import recorded_lines
         ),
         ("model.path=W/no_index", "model.path: W/no_index has no model_index.json; expected the folder of"),
         ("model.path=W/bad_index", "model.path: W/bad_index/model_index.json is not JSON"),
-        ("model.path=W/list_index", "model.path: W/list_index/model_index.json has no text"),
+        ("model.path=W/list_index", "model.path: W/list_index/model_index.json holds a list and no dictionary"),
         ("model.path=W/cascade", "model.path: W/cascade is a StableCascadeCombinedPipeline; supported are Stable"),
         ("model.path=W/no_unet", "model.path: W/no_unet has no unet; copy it again"),
         ("model.path=W/no_tokenizer", "model.path: W/no_tokenizer has no tokenizer; copy it again"),

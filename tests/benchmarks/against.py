@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmalign.atomic_io import write_json
 from mmalign.commands import _bench_run, bench
 from mmalign.commands._bench_run import Run
 from mmalign.commands.bench import MMALIGN, Report
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = against(request_of(options), repeats=options.repeats)
     bench.show(report)
     if options.json:
-        bench.write_json(asdict(report), options.json)
+        write_json(options.json, asdict(report))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from mmalign.atomic_io import write_json
 from mmalign.commands import bench
 from mmalign.commands._bench_run import Run
 from mmalign.commands.bench import MMALIGN, Numbers, Report
@@ -330,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             reports.append(run(title, {**STUDIES, **STUDIES_CUDA}[title], Path(folder), repeats=options.repeats))
         if options.json:  # earlier studies are saved even if a later one fails
-            bench.write_json({report.title: asdict(report) for report in reports}, options.json)
+            write_json(options.json, {report.title: asdict(report) for report in reports})
     for report in reports:
         bench.show(report)
     if options.markdown:

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from mmalign.atomic_io import write_json
 from mmalign.commands import bench
 from mmalign.commands.bench import Report
 from mmalign.commands.load_recipe import load_recipe
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         columns = {name: dict(zip(map(str, reports), numbers, strict=True)) for name, numbers in lines.items()}
         console.print(bench.table(f"{cost}, over {AXES[options.axis].label}", columns))
     if options.json:
-        bench.write_json({str(value): asdict(report) for value, report in reports.items()}, options.json)
+        write_json(options.json, {str(value): asdict(report) for value, report in reports.items()})
     if options.plot:
         plot(options.recipe, AXES[options.axis].label, list(reports), costs, options.plot)
 

@@ -10,7 +10,7 @@ import pytest
 from accelerate import Accelerator
 from torch import nn
 
-from mmalign.commands import bench
+from mmalign.atomic_io import write_json
 from mmalign.commands._bench_run import Run, count_operations
 from mmalign.commands._bench_run import build as build_run
 from mmalign.commands.bench import MMALIGN, Report
@@ -168,7 +168,7 @@ def test_tables_reach_the_document(
     measured: Callable[[str], Report], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved, document = tmp_path / "performance.json", tmp_path / "performance.md"
-    bench.write_json({name: asdict(measured(name)) for name in ("lora", "full")}, saved)
+    write_json(saved, {name: asdict(measured(name)) for name in ("lora", "full")})
     document.write_text(f"# Before\n{BEGIN}\nold\n{END}\nafter\n")
     for _ in range(2):  # a second write changes nothing
         performance.main(["--from", str(saved), "--markdown", str(document)])

@@ -139,7 +139,9 @@ def test_guidance_doubles_the_rows_of_a_sampler_s_step(tiny_sd15: Path, tmp_path
 
 def test_updates_of_generated_images_are_counted_by_contrasts() -> None:
     """Sixteen prompts, four noisings of four parts; a contrast of DPO has two images a prompt, one of NFT all six."""
-    settings = ["method.generation.prompts_per_contrast=4", "train.gradient_accumulation_steps=4"]
+    generation = ["prompts_per_contrast=4", "noisings=4", "images=6"]
+    settings = [*(f"method.generation.{each}" for each in generation), "train.batch_size=16"]
+    settings.append("train.gradient_accumulation_steps=4")
     for name, pairs in (("diffusion_online_dpo", 4), ("nft", 12)):
         recipe = load_recipe(f"text_to_image/{name}_tiny_sd", settings)
         needs = requirements_of(recipe.method)
