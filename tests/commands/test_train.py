@@ -308,7 +308,7 @@ def test_every_shipped_recipe_takes_two_steps(
         if method.name == "spo":  # any pair will do: the tiny judge is hardly sure of one
             judges = [f"method.reward.path={tiny_step_judge}", "method.threshold=0.0", "data.format=pick_a_pic"]
         elif requirements_of(method).generates:
-            judges = ["method.generation.images=3", "method.generation.steps=2", "data.format=pick_a_pic"]
+            judges = ["method.generation.images=3", "method.generation.steps=3", "data.format=pick_a_pic"]
             judges.append(f"method.reward={{path: {tiny_clip}}}")
         elif method.name == "bradley_terry":
             model, sizes = tiny_clip, [f"data.path={pairs}"]
