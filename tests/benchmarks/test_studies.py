@@ -10,7 +10,7 @@ from mmalign.commands.load_recipe import load_recipe
 from mmalign.data.formats.images import open_pairs
 from mmalign.synthesis.write_image_pairs import write_pairs
 from mmalign.toy import scenes
-from tests.benchmarks.studies import PAIRS, STUDIES, parse, select
+from tests.benchmarks.studies import PAIRS, STUDIES, parse, search, select
 from tests.benchmarks.study_data import flip_labels, write_best_and_worst, write_objectives
 
 
@@ -72,3 +72,8 @@ def test_every_arm_is_a_recipe(name: str, tmp_path: Path) -> None:
     for arm in study.arms.values():
         rates = [f"train.lr={study.rates[0]}"] if study.rates else []
         assert load_recipe(arm.recipe, [*arm.overrides, *rates]).evaluate is not None
+
+
+def test_an_arm_without_rates_keeps_its_recipe_s(tmp_path: Path) -> None:
+    assert search(select(STUDIES["online_images"](tmp_path), ["dgpo"]), tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []

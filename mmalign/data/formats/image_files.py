@@ -129,17 +129,12 @@ class ImageReader:
         return self._keys[cell]
 
     def _path(self, name: str, folders: Sequence[Path]) -> Path:
-        """Return the path of a name in the first folder that has it.
-
-        The separators may be those of Windows, and an accent a character of its own or not, as on macOS.
-        """
+        """Return the path of a name in the first folder that has it."""
         name = name.removeprefix("file://")
         roots = [self._folder] if self._folder is not None else folders
-        local = name.replace("\\", "/")
-        names = list(dict.fromkeys((name, local, *(unicodedata.normalize(form, local) for form in ("NFC", "NFD")))))
-        paths = [contained_path(roots[0], spelling) for spelling in names]
-        paths += [root / spelling for spelling in names for root in roots[1:]]
-        return next((path for path in paths if is_file(path)), roots[0] / local)
+        own = find_contained(roots[0], name)
+        others = [root / spelling for spelling in spellings(name) for root in roots[1:]]
+        return next((path for path in (own, *others) if is_file(path)), own)
 
 
 def image_name(image: Image) -> str:
@@ -174,6 +169,18 @@ def decode_uri(uri: str) -> bytes:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
         raise UnusableRowError(f"the data URI {shorten(uri)} is not base64 ({error})") from error
+
+
+def spellings(name: str) -> list[str]:
+    """Return a path as it is, without the separators of Windows, and with its accents in either form of Unicode."""
+    local = name.replace("\\", "/")
+    return list(dict.fromkeys((name, local, *(unicodedata.normalize(form, local) for form in ("NFC", "NFD")))))
+
+
+def find_contained(folder: Path, name: str, location: str = "") -> Path:
+    """Return the path in a folder of the first spelling of a name that is a file there; errors as `contained_path`."""
+    paths = [contained_path(folder, spelling, location) for spelling in spellings(name)]
+    return next((path for path in paths if is_file(path)), paths[0])
 
 
 def contained_path(folder: Path, name: str, location: str = "") -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmalign.data.formats.image_files import contained_path, is_file
+from mmalign.data.formats.image_files import find_contained, is_file
 from mmalign.data.images import decode_file
 from mmalign.evaluation.annotations import Question, Response, check_annotated, image_id, match_images
 from mmalign.evaluation.benchmarks import amber, chair, pope
@@ -195,13 +195,13 @@ def open_folder(folder: str | Path, questions: Sequence[Question]) -> Images:
         ValueError: an image of these questions is missing, or outside the folder.
     """
     names, place = {question.image for question in questions}, "images"
-    missing = sorted(name for name in names if not is_file(contained_path(Path(folder), name, place)))
+    missing = sorted(name for name in names if not is_file(find_contained(Path(folder), name, place)))
     if missing:
         raise ValueError(
             f"images: {folder} has no {', '.join(missing[:3])} ({len(missing):,} of {len(names):,} images are "
             "missing); expected every image of the questions, under the name given there"
         )
-    return lambda name: decode_file(contained_path(Path(folder), name, place), name)
+    return lambda name: decode_file(find_contained(Path(folder), name, place), name)
 
 
 def _yes_no_item(question: Question, parse: pope.Parse) -> Item:

@@ -1,5 +1,6 @@
 """Benchmarks: scores of all answers, ratings of single ones, and files of questions."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,12 @@ def test_read_questions_in_common_formats(tmp_path: Path) -> None:
 def test_read_questions_refuses_bad_records(records: list[Any], error: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=error):
         read_questions(write_jsonl(tmp_path / "q.jsonl", *records), "What?")
+
+
+def test_open_folder_finds_accents_in_either_form(tmp_path: Path) -> None:
+    (tmp_path / "cafe\u0301.png").write_bytes(data_files.png(0))
+    asked = replace(ASKED[0], image="caf\u00e9.png")
+    assert open_folder(tmp_path, [asked])(asked.image).size == (16, 16)
 
 
 def test_open_folder_checks_that_images_are_there(tmp_path: Path) -> None:
