@@ -222,6 +222,20 @@ class CheckpointError(RuntimeError):
     """Failure to write a checkpoint; earlier checkpoints are intact."""
 
 
+def prepare_file(option: str, file: Path | None) -> None:
+    """Create the folder of the file that a command will write for `option`; None is no file.
+
+    Commands call it before they begin, so that their work is not lost for a wrong path.
+
+    Raises:
+        ValueError: the file is a folder, or its folder is not writable.
+    """
+    if file is not None:
+        make_folder(option, file.parent)
+        if file.is_dir():
+            raise ValueError(f"{option}: {file} is a folder; name a file")
+
+
 def make_folder(key: str, folder: Path) -> Path:
     """Create the folder that the recipe names at `key` if it is missing, and return it.
 

@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
 
-from mmalign.atomic_io import make_folder, write_json
+from mmalign.atomic_io import prepare_file, write_json
 from mmalign.commands import preflight
 from mmalign.commands._bench_meters import PARTS, Meter, machine, now, peak_rate
 from mmalign.commands._bench_run import Run, build, count_operations, peak_bytes, weights
@@ -101,8 +101,7 @@ def bench(
     """
     if repeats < 1:
         raise ValueError(f"--repeats: got {repeats}; expected at least 1")
-    if json is not None:
-        make_folder("--json", json.parent)
+    prepare_file("--json", json)
     recipes = {MMALIGN: load_recipe(source, overrides)}
     recipes |= {variant: load_recipe(source, [*overrides, *variant.split()]) for variant in variants}
     accelerator = open_common_accelerator(recipes)

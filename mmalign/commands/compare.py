@@ -86,8 +86,9 @@ def compare(
         The rows: the base model's, one for each recipe at its end, and one for each recipe at each number of pairs.
 
     Raises:
-        ValueError: the recipes cannot be compared, or a folder has a run of another recipe.
+        ValueError: the recipes cannot be compared, the table cannot be written, or a folder has another recipe's run.
     """
+    atomic_io.prepare_file("--table", table)
     # All runs, checked before the first one starts
     recipes = _load(sources, overrides)
     plan = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign import methods
+from mmalign.atomic_io import prepare_file
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.data.formats import conversations, image_layouts
 from mmalign.data.formats.images import open_pairs
@@ -56,9 +57,11 @@ def doctor(
         html: a file for the page with pictures.
 
     Raises:
-        ValueError: the data cannot be read, or an argument is wrong.
-        CheckpointError: a report cannot be written.
+        ValueError: the data cannot be read, a report cannot be written, or an argument is wrong.
+        CheckpointError: the disk is full.
     """
+    prepare_file("--json", json)
+    prepare_file("--html", html)
     for name in ignore:
         check_known("--ignore: there is no check", name, NAMES)
     # One recipe and its assignments, or files

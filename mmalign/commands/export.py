@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from mmalign.atomic_io import atomic_write, check_owned
+from mmalign.atomic_io import atomic_write, check_owned, make_folder
 from mmalign.commands import _model_card
 from mmalign.commands._trained import TrainedModel, find_trained
 from mmalign.commands.evaluate import TABLE, StoredTable
@@ -64,7 +64,7 @@ def export(
     trained = find_trained(recipe, checkpoint)
     folder = Path(output) if output is not None else Path(recipe.output) / "export" / f"{to}{trained.suffix}"
     check_owned(folder, RUN_INFO)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder("--output", folder.parent)
     _write(trained, folder, to, DTYPES[dtype] if dtype is not None else None, _table(recipe, trained))
     hint = modality_of(recipe).loading_hint(trained.recipe.model.tune, folder, to)
     logger.info(f"{folder}: {to}, read back with the trained numbers; load it with {hint}")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mmalign import methods
-from mmalign.atomic_io import atomic_write, make_folder
+from mmalign.atomic_io import atomic_write, prepare_file
 from mmalign.commands import preflight
 from mmalign.commands._init_settings import Settings, find_settings
 from mmalign.commands.load_recipe import dump_value, load_recipe, override
@@ -90,8 +90,10 @@ def init(
         overwrite: true to replace an existing file.
 
     Raises:
-        ValueError: the model, the layout or the method is not supported, or there is no pair.
+        ValueError: the model, the layout or the method is not supported, there is no pair, or the file is not
+            writable.
     """
+    prepare_file("--output", output)
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists already; name another file with --output, or give --overwrite")
     given: Any = override({}, overrides)
@@ -152,7 +154,6 @@ def _write(draft: _Draft, tree: dict[str, Any], kind: str, settings: Settings, o
     except ValueError as error:
         draft.unknown.append(f"whether it trains here: {first_line(error)}")
     text = _render(tree, draft, _header(kind, settings, output, draft))
-    make_folder("--output", output.parent)
     with atomic_write(output) as part:
         part.write_text(text, encoding="utf-8")
     assert load_recipe(output) == checked, "the text says what the tree says"

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmalign import methods
-from mmalign.atomic_io import make_folder, write_json
+from mmalign.atomic_io import prepare_file, write_json
 from mmalign.commands._bench_run import build, peak_bytes
 from mmalign.commands._plan_memory import Memory, estimate
 from mmalign.commands.load_recipe import load_recipe
@@ -94,8 +94,7 @@ def plan(recipe: Recipe, *, memory: float | None = None, probe: bool = False, js
     Raises:
         ValueError: the model's configurations are not at hand, or the model cannot be trained as the recipe asks.
     """
-    if json is not None:
-        make_folder("--json", json.parent)
+    prepare_file("--json", json)
     memory = memory_of_card(memory)
     result = compute(recipe, memory, probe=probe)
     show(result, recipe, memory)

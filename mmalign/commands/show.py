@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmalign import methods
+from mmalign.atomic_io import prepare_file
 from mmalign.commands import preflight
 from mmalign.commands.train import describe_updates
 from mmalign.config import Recipe
@@ -33,9 +34,9 @@ def show(recipe: Recipe, *, number: int = 5, html: Path | None = None) -> DataVi
         The sentences and the examples.
 
     Raises:
-        ValueError: the data or the model's configurations cannot be read.
-        OSError: the page cannot be written.
+        ValueError: the data or the model's configurations cannot be read, or the page cannot be written.
     """
+    prepare_file("--html", html)
     preflight.check(recipe, "training")
     modality, needs = modality_of(recipe), methods.requirements_of(recipe.method)
     splits = modality.open_pairs(recipe, needs)

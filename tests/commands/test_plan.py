@@ -43,12 +43,6 @@ def test_a_plan_needs_configurations_alone(tiny_sd15: Path, tmp_path: Path, caps
     assert "fits: 1 GiB" in capsys.readouterr().out
 
 
-def test_a_plan_refuses_a_file_that_it_cannot_write_first(tiny_sd15: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(recipes.diffusion_in(tiny_sd15, tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"--json: .* is not writable"):
-        plan(recipe, json=Path(__file__, "plan.json"))
-
-
 @pytest.mark.slow
 def test_a_plan_of_a_single_file_reads_no_weights(tiny_sd15: Path, tmp_path: Path) -> None:
     bare, file = without_weights(tiny_sd15, tmp_path / "model"), tmp_path / "model.safetensors"
