@@ -110,13 +110,29 @@ def _check_evaluation(recipe: Recipe, *, fails: bool) -> None:
 
 
 def check_precision(options: Train) -> None:
-    """Refuse float16 without a GPU.
+    """Refuse float16 without a GPU, and warn of bfloat16 on a processor without instructions for it.
 
     Raises:
         ValueError: the precision is float16 and there is no GPU.
     """
-    if options.precision == "float16" and not torch.cuda.is_available():
+    on_card = torch.cuda.is_available()
+    if options.precision == "float16" and not on_card:
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
+    if options.precision == "bfloat16" and not (_card_has_bfloat16() if on_card else _cpu_has_bfloat16()):
+        processor, other = ("GPU", "float16 or float32") if on_card else ("CPU", "float32")
+        logger.warning(
+            f"warning: train.precision: this {processor} has no instructions for bfloat16, which makes it many times "
+            f"slower than {other}; use {other}"
+        )
+
+
+def _card_has_bfloat16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Return False for x86 without AVX-512: there a product of matrices took 93 times as long as in float32."""
+    return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
 
 
 def _check_sharding(train: Train) -> None:
