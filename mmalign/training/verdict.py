@@ -172,7 +172,10 @@ def _judge_rewards(rewards: Sequence[float]) -> str:
             return f"the reward of generated outputs rose {numbers}"
         case -1:
             return f"the reward of generated outputs fell {numbers}: lower train.lr"
-    return f"the reward of generated outputs did not change {numbers}: train longer, or raise the learning rate"
+    return (
+        f"the reward of generated outputs shows no change {numbers}: generations have different prompts, which hides "
+        "small ones; run mmalign evaluate, and train longer if held-out prompts show none either"
+    )
 
 
 def _judge_thumbs(values: Values, evidence: Evidence) -> str:

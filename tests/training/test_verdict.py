@@ -209,8 +209,8 @@ def test_thumbs_of_one_label_are_judged_by_their_gain() -> None:
     [
         ([2.1, 1.9, 2.0, 3.5, 4.9, 5.0, 5.1], "rose from 2 in the first 3 of 7 generations to 5 in the last 3 (+3 "),
         ([2.1, 1.9, 1.0, 1.1], "fell from 2 in the first 2 of 4 generations to 1.05 in the last 2 (-0.95 "),
-        ([2.1, 1.9, 2.5, 1.0], "did not change from 2 in the first 2 of 4 generations to 1.75 in the last 2"),
-        ([2.0, 2.0, 2.0, 2.0], "did not change from 2 "),  # equal means are generations of their own
+        ([2.1, 1.9, 2.5, 1.0], "shows no change from 2 in the first 2 of 4 generations to 1.75 in the last 2"),
+        ([2.0, 2.0, 2.0, 2.0], "shows no change from 2 "),  # equal means are generations of their own
         ([2.0, 7.0, 9.0], "went from 2 in the first of 3 generations to 9 in the last: too few to tell a change"),
         ([2.0], "was 2, and one generation shows no change"),
         ([0.0, 0.1] * 16 + [9.0] * 30 + [5.0, 5.1] * 16, "rose from 0.05 in the first 32 of 94 generations "),
