@@ -50,6 +50,11 @@ class TrajectoryConfig(ImagesConfig):
         description="successive steps that are stochastic and learned from, the first drawn for each prompt (MixGRPO: "
         "2); the others are deterministic. Default: all",
     )
+    shared_start: bool = Field(
+        False,
+        description="start all images of a prompt from the same noise, as published for DanceGRPO, so that their "
+        "rewards differ by the noise of stochastic steps alone",
+    )
 
     @model_validator(mode="after")
     def _has_steps(self) -> TrajectoryConfig:

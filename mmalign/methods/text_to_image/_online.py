@@ -138,10 +138,11 @@ def generate(policy: Policy[TextToImage], batch: EncodedPrompts, cfg: Generation
     return judge_latents(policy.family, batch, x)
 
 
-def start_latents(batch: EncodedPrompts, cfg: ImagesConfig, rng: KeyedRNG) -> Tensor:
-    """Return pure noise [K, B, C, H, W], keyed by row."""
-    shape = (cfg.images, *batch.shape)
-    return rng.normal(batch.rows, shape, "start").to(batch.weights.device).transpose(0, 1)
+def start_latents(batch: EncodedPrompts, cfg: ImagesConfig, rng: KeyedRNG, *, shared: bool = False) -> Tensor:
+    """Return pure noise [K, B, C, H, W], keyed by row; the same for all images of a prompt if shared."""
+    shape = (1 if shared else cfg.images, *batch.shape)
+    noise = rng.normal(batch.rows, shape, "start").to(batch.weights.device).transpose(0, 1)
+    return noise.expand(cfg.images, *noise.shape[1:])
 
 
 def judge_latents(family: TextToImage, batch: EncodedPrompts, x: Tensor) -> Generated:

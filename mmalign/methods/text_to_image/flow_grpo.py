@@ -6,8 +6,9 @@
     loss = mean_k max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)) + kl KL(policy's step || reference's)
 
 With `window` (MixGRPO, arXiv:2507.21802) only that many successive steps are stochastic and learned from; the first of
-them is drawn for each prompt. `guard` (GRPO-Guard) centres and scales the logarithm of the ratio, which becomes the
-mean of noise times change of the mean, and divides by the step's length.
+them is drawn for each prompt. With `shared_start` (DanceGRPO) all images of a prompt begin with the same x_T, so that
+their rewards differ by the noise of the learned steps alone. `guard` (GRPO-Guard) centres and scales the logarithm of
+the ratio, which becomes the mean of noise times change of the mean, and divides by the step's length.
 
 Flow-GRPO's release multiplies the KL divergence by the step's length (`published_kl`). For DDPM's networks a step is
 DDIM's with eta, and its length is its share of the timesteps.
@@ -152,7 +153,7 @@ def sample_path(
         stochastic=stochastic,
         batch_size=own.batch_size,
     )
-    x = start_latents(batch, own, rng)
+    x = start_latents(batch, own, rng, shared=own.shared_start)
     # Filled while the images are sampled, since each prompt has another window
     starts, means, ends = (x.new_zeros(size, *x.shape) for _ in range(3))
     path = Path(first, starts, means, x.new_zeros(size, *x.shape[:2], 1, 1, 1), ends)

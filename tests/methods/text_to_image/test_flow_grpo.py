@@ -102,6 +102,18 @@ def test_window_of_a_prompt_is_its_own(sd: TextToImage) -> None:
     torch.testing.assert_close(together[1].view.to[rows], alone[1].view.to, rtol=1e-3, atol=1e-3)
 
 
+def test_images_of_a_prompt_share_their_start(sd: TextToImage) -> None:
+    """They begin alike and part with the first stochastic step; the start is that of a prompt's first image else."""
+    policy = full(sd)
+    shared, own = (made(policy, config({"window": None, "shared_start": value})) for value in (True, False))
+    starts, others = (contrasts[0].view.x_t.view(3, 3, 4, 8, 8) for contrasts in (shared, own))
+    assert torch.equal(starts, others[:1].expand_as(starts)) and not torch.equal(others[0], others[1])
+    ends = shared[0].view.to.view(3, 3, 4, 8, 8)
+    assert not torch.isclose(ends[0], ends[1]).any(-1).all()
+    # Another prompt begins elsewhere
+    assert not torch.equal(starts[:, 0], starts[:, 1])
+
+
 def test_guarded_ratio_is_noise_times_the_change_of_the_mean(sd: TextToImage) -> None:
     """And the loss is divided by the step's length; three of 1000 timesteps are 333 apart."""
     policy, cfg = full(sd), config(kl=0.0, guard=True, clip=0.999)
