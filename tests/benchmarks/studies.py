@@ -41,6 +41,7 @@ ONLINE: Mapping[str, Sequence[float]] = {
     "flow_grpo": (4e-5, 1e-4),
 }
 ONLINE_UPDATES, ONLINE_IMAGES = 108, 2304  # six updates of 64 images, of every 128 images
+FEWER_UPDATES, FEWER_IMAGES = 54, 1152  # half of both
 WORTH = 4.0  # log-odds of a fulfilled part of a prompt, for MODPO's margin
 # Without a part of sums, and a loss that needs a known rate
 LOSSES = {name: kind for name, kind in Choice.sections(PairLossConfig).items() if name not in ("anchor", "robust")}
@@ -150,16 +151,16 @@ def online_images(folder: Path) -> Study:
     pairs, half = folder / "pairs.parquet", "train.precision=bfloat16"
 
     def write() -> None:
-        # With the sampler of the online methods, four images of each prompt
-        sampler = ["prepare.sampling.steps=10", "prepare.sampling.guidance=1.0"]
-        source = _generate_lists(folder, [f"prepare.prompts={ONLINE_IMAGES // 4}", *sampler, half])
-        print(f"{pairs}: {study_data.write_best_and_worst(source, pairs)} pairs of {ONLINE_IMAGES:,} images")
+        print(f"{pairs}: {_best_and_worst(folder, pairs, ONLINE_IMAGES, [half])} pairs of {ONLINE_IMAGES:,} images")
 
     offline = {
         "sft": Arm(SFT, [f"data.path={pairs}", half]),
         "diffusion_dpo": Arm(IMAGES, [f"data.path={pairs}", half, "train.steps=106"]),
     }
     arms = {name: Arm(_tiny_sd(name), [half], rates) for name, rates in ONLINE.items()}
+    # As the others then had it; `online_groups` has the recipe's
+    of_16 = ["method.generation.prompts_per_contrast=16", "method.generation.noisings=3"]
+    arms["dgpo"] = replace(arms["dgpo"], overrides=[half, *of_16, f"train.steps={ONLINE_UPDATES}", "train.lr=2.0e-5"])
     arms["online_dpo_fixed"] = Arm(_tiny_sd("diffusion_online_dpo"), [half, "method.reference=null"])
     # A reference that moves allows more from update to update: the rate that is best halfway is too large at the end
     shorter = {name: [f"train.steps={ONLINE_UPDATES // 2}"] for name in arms if name != "diffusion_online_dpo"}
@@ -168,6 +169,49 @@ def online_images(folder: Path) -> Study:
     shorter["spo"] = [f"train.steps={ONLINE_IMAGES // 96}"]
     halfway = (ONLINE_UPDATES // 2 * 32,)  # updates of 32 pairs, or of 64 images
     return Study({**offline, **arms}, write, rates=(2e-5, 4e-5), search=shorter, pairs=halfway)
+
+
+def online_groups(folder: Path) -> Study:
+    """Return the study of how often a group of images is learned from, and how many at a time.
+
+    All have half as many images as in `online_images`, in float32. Online DPO makes 6, 12 or 24 updates of a generation
+    of 32 prompts; the other online arms learn from all 128 images in every update. Diffusion-DPO has as many images of
+    the base model, and makes as many updates as online DPO with 12 or 24.
+    """
+    pairs, of_pairs = folder / "pairs.parquet", f"data.path={folder / 'pairs.parquet'}"
+
+    def write() -> None:
+        print(f"{pairs}: {_best_and_worst(folder, pairs, FEWER_IMAGES)} pairs of {FEWER_IMAGES:,} images")
+
+    online = {times: Arm(_tiny_sd("diffusion_online_dpo"), _repeated(times)) for times in (6, 12, 24)}
+    shorter = f"train.steps={FEWER_UPDATES}"
+    all_images = [shorter, "method.generation.prompts_per_contrast=null", "method.generation.noisings=6"]
+    shared = [shorter, "method.generation.shared_start=true"]
+    arms = {
+        "diffusion_dpo": Arm(IMAGES, [of_pairs, f"train.steps={2 * FEWER_UPDATES}"]),
+        "diffusion_dpo_longer": Arm(IMAGES, [of_pairs, f"train.steps={4 * FEWER_UPDATES}"], (4e-5,)),
+        "diffusion_online_dpo": replace(online[6], rates=(4e-5,)),
+        "online_dpo_12": replace(online[12], rates=(4e-5,)),
+        "online_dpo_24": replace(online[24], rates=(2e-5,)),
+        "dgpo": Arm(_tiny_sd("dgpo"), all_images),
+        "nft": Arm(_tiny_sd("nft"), all_images, (1e-4,)),
+        "flow_grpo_shared": Arm(_tiny_sd("flow_grpo"), shared, (1e-4,)),
+        "flow_grpo_clip": Arm(_tiny_sd("flow_grpo"), [*shared, "method.clip=8.0e-4"], (1e-4,)),
+    }
+    return Study(arms, write, rates=(2e-5, 4e-5))
+
+
+def _repeated(times: int) -> list[str]:
+    """Return the settings of so many updates of each generation, by which the reference follows the policy."""
+    updates = [f"train.steps={FEWER_UPDATES // 6 * times}", f"method.generation.noisings={times}"]
+    return [*updates, f"method.reference.every={times}"]
+
+
+def _best_and_worst(folder: Path, pairs: Path, images: int, settings: Sequence[str] = ()) -> int:
+    """Write the pairs of the base model's images, four of each prompt by the sampler of the online methods."""
+    sampler = ["prepare.sampling.steps=10", "prepare.sampling.guidance=1.0"]
+    lists = _generate_lists(folder, [f"prepare.prompts={images // 4}", *sampler, *settings])
+    return study_data.write_best_and_worst(lists, pairs)
 
 
 def _tiny_sd(method: str) -> str:
@@ -224,6 +268,7 @@ STUDIES: Mapping[str, Callable[[Path], Study]] = {
     "lists": lists,
     "objectives": objectives,
     "online_images": online_images,
+    "online_groups": online_groups,
     "online_responses": online_responses,
     "pair_losses": pair_losses,
     "response_losses": response_losses,
