@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -119,11 +120,15 @@ def check_precision(options: Train) -> None:
     if options.precision == "float16" and not on_card:
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
     if options.precision == "bfloat16" and not (_card_has_bfloat16() if on_card else _cpu_has_bfloat16()):
-        processor, other = ("GPU", "float16 or float32") if on_card else ("CPU", "float32")
-        logger.warning(
-            f"warning: train.precision: this {processor} has no instructions for bfloat16, which makes it many times "
-            f"slower than {other}; use {other}"
-        )
+        _warn_of_bfloat16(*(("GPU", "float16 or float32") if on_card else ("CPU", "float32")))
+
+
+@functools.cache  # once for all runs of a command
+def _warn_of_bfloat16(processor: str, other: str) -> None:
+    logger.warning(
+        f"warning: train.precision: this {processor} has no instructions for bfloat16, which makes it many times "
+        f"slower than {other}; use {other}"
+    )
 
 
 def _card_has_bfloat16() -> bool:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import mmalign
 from mmalign import cli
 from mmalign.commands.load_recipe import load_recipe
-from mmalign.commands.preflight import check_precision
+from mmalign.commands.preflight import _warn_of_bfloat16, check_precision
 from mmalign.config import Train
 from mmalign.training import loop
 from tests.helpers import Folders, data_files, recipes
@@ -90,6 +90,7 @@ def test_slow_precision_is_reported(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_card)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    _warn_of_bfloat16.cache_clear()
     with caplog.at_level(logging.WARNING):
         check_precision(Train(steps=1, lr=1e-5, precision="bfloat16"))
         check_precision(Train(steps=1, lr=1e-5, precision="float32"))
