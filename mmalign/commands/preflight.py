@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -111,33 +110,13 @@ def _check_evaluation(recipe: Recipe, *, fails: bool) -> None:
 
 
 def check_precision(options: Train) -> None:
-    """Refuse float16 without a GPU, and warn of bfloat16 on a processor without instructions for it.
+    """Refuse float16 without a GPU.
 
     Raises:
         ValueError: the precision is float16 and there is no GPU.
     """
-    on_card = torch.cuda.is_available()
-    if options.precision == "float16" and not on_card:
+    if options.precision == "float16" and not torch.cuda.is_available():
         raise ValueError("train.precision: float16 needs a GPU; use bfloat16 or float32")
-    if options.precision == "bfloat16" and not (_card_has_bfloat16() if on_card else _cpu_has_bfloat16()):
-        _warn_of_bfloat16(*(("GPU", "float16 or float32") if on_card else ("CPU", "float32")))
-
-
-@functools.cache  # once for all runs of a command
-def _warn_of_bfloat16(processor: str, other: str) -> None:
-    logger.warning(
-        f"warning: train.precision: this {processor} has no instructions for bfloat16, which makes it many times "
-        f"slower than {other}; use {other}"
-    )
-
-
-def _card_has_bfloat16() -> bool:
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Return False for x86 without AVX-512: there a product of matrices took 93 times as long as in float32."""
-    return torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
 
 
 def _check_sharding(train: Train) -> None:

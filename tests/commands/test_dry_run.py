@@ -1,19 +1,15 @@
 """Dry run of a training: the checks and first lines of a real one, and not a file."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from typer.testing import CliRunner
 
 import mmalign
 from mmalign import cli
 from mmalign.commands.load_recipe import load_recipe
-from mmalign.commands.preflight import _warn_of_bfloat16, check_precision
-from mmalign.config import Train
 from mmalign.training import loop
 from tests.helpers import Folders, data_files, recipes
 
@@ -77,22 +73,3 @@ def test_a_run_with_a_checkpoint_says_whether_it_resumes(content: dict[str, Any]
     with pytest.raises(ValueError, match=r"seed"):
         mmalign.train(load_recipe(content, ["train.seed=1"]), dry_run=True)
     assert files(output) == before
-
-
-@pytest.mark.parametrize(
-    ("capability", "on_card", "word"),
-    [("AVX2", False, "CPU"), ("AVX512", False, None), ("AVX2", True, "GPU"), ("SVE256", False, None)],
-)
-def test_slow_precision_is_reported(
-    capability: str, on_card: bool, word: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A processor without instructions for bfloat16 computes it number by number."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_card)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    _warn_of_bfloat16.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        check_precision(Train(steps=1, lr=1e-5, precision="bfloat16"))
-        check_precision(Train(steps=1, lr=1e-5, precision="float32"))
-    expected = f"this {word} has no instructions for bfloat16"
-    assert [expected in message for message in caplog.messages] == ([True] if word else [])
