@@ -158,7 +158,7 @@ def online_images(folder: Path) -> Study:
         "diffusion_dpo": Arm(IMAGES, [f"data.path={pairs}", half, "train.steps=106"]),
     }
     arms = {name: Arm(_tiny_sd(name), [half], rates) for name, rates in ONLINE.items()}
-    # As the others then had it; `online_groups` has the recipe's
+    # 16 prompts at a time, as the others have them; `online_groups` has the recipe's 32
     of_16 = ["method.generation.prompts_per_contrast=16", "method.generation.noisings=3"]
     arms["dgpo"] = replace(arms["dgpo"], overrides=[half, *of_16, f"train.steps={ONLINE_UPDATES}", "train.lr=2.0e-5"])
     arms["online_dpo_fixed"] = Arm(_tiny_sd("diffusion_online_dpo"), [half, "method.reference=null"])
@@ -175,25 +175,25 @@ def online_groups(folder: Path) -> Study:
     """Return the study of how often a group of images is learned from, and how many at a time.
 
     All have half as many images as in `online_images`, in float32. Online DPO makes 6, 12 or 24 updates of a generation
-    of 32 prompts; the other online arms learn from all 128 images in every update. Diffusion-DPO has as many images of
-    the base model, and makes as many updates as online DPO with 12 or 24.
+    of 32 prompts. DGPO and NFT learn from all its 128 images in every update, Flow-GRPO from those of 16 prompts.
+    Diffusion-DPO has as many images of the base model, and makes as many updates as online DPO with 12 or 24.
     """
-    pairs, of_pairs = folder / "pairs.parquet", f"data.path={folder / 'pairs.parquet'}"
+    pairs = folder / "pairs.parquet"
+    of_pairs = f"data.path={pairs}"
 
     def write() -> None:
         print(f"{pairs}: {_best_and_worst(folder, pairs, FEWER_IMAGES)} pairs of {FEWER_IMAGES:,} images")
 
-    online = {times: Arm(_tiny_sd("diffusion_online_dpo"), _repeated(times)) for times in (6, 12, 24)}
     shorter = f"train.steps={FEWER_UPDATES}"
     all_images = [shorter, "method.generation.prompts_per_contrast=null", "method.generation.noisings=6"]
     shared = [shorter, "method.generation.shared_start=true"]
     arms = {
         "diffusion_dpo": Arm(IMAGES, [of_pairs, f"train.steps={2 * FEWER_UPDATES}"]),
         "diffusion_dpo_longer": Arm(IMAGES, [of_pairs, f"train.steps={4 * FEWER_UPDATES}"], (4e-5,)),
-        "diffusion_online_dpo": replace(online[6], rates=(4e-5,)),
-        "online_dpo_12": replace(online[12], rates=(4e-5,)),
-        "online_dpo_24": replace(online[24], rates=(2e-5,)),
-        "dgpo": Arm(_tiny_sd("dgpo"), all_images),
+        "diffusion_online_dpo": _repeated(6, 4e-5),
+        "online_dpo_12": _repeated(12, 4e-5),
+        "online_dpo_24": _repeated(24, 2e-5),
+        "dgpo": Arm(_tiny_sd("dgpo")),
         "nft": Arm(_tiny_sd("nft"), all_images, (1e-4,)),
         "flow_grpo_shared": Arm(_tiny_sd("flow_grpo"), shared, (1e-4,)),
         "flow_grpo_clip": Arm(_tiny_sd("flow_grpo"), [*shared, "method.clip=8.0e-4"], (1e-4,)),
@@ -201,10 +201,10 @@ def online_groups(folder: Path) -> Study:
     return Study(arms, write, rates=(2e-5, 4e-5))
 
 
-def _repeated(times: int) -> list[str]:
-    """Return the settings of so many updates of each generation, by which the reference follows the policy."""
+def _repeated(times: int, rate: float) -> Arm:
+    """Return online DPO with so many updates of each generation, after which the reference follows the policy."""
     updates = [f"train.steps={FEWER_UPDATES // 6 * times}", f"method.generation.noisings={times}"]
-    return [*updates, f"method.reference.every={times}"]
+    return Arm(_tiny_sd("diffusion_online_dpo"), [*updates, f"method.reference.every={times}"], [rate])
 
 
 def _best_and_worst(folder: Path, pairs: Path, images: int, settings: Sequence[str] = ()) -> int:
