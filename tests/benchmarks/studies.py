@@ -194,6 +194,7 @@ def online_groups(folder: Path) -> Study:
         "online_dpo_12": _repeated(12, 4e-5),
         "online_dpo_24": _repeated(24, 2e-5),
         "dgpo": Arm(_tiny_sd("dgpo")),
+        "dgpo_12": Arm(_tiny_sd("dgpo"), _updates(12)),
         "nft": Arm(_tiny_sd("nft"), all_images, (1e-4,)),
         "flow_grpo_shared": Arm(_tiny_sd("flow_grpo"), shared, (1e-4,)),
         "flow_grpo_clip": Arm(_tiny_sd("flow_grpo"), [*shared, "method.clip=8.0e-4"], (1e-4,)),
@@ -203,8 +204,13 @@ def online_groups(folder: Path) -> Study:
 
 def _repeated(times: int, rate: float) -> Arm:
     """Return online DPO with so many updates of each generation, after which the reference follows the policy."""
-    updates = [f"train.steps={FEWER_UPDATES // 6 * times}", f"method.generation.noisings={times}"]
-    return Arm(_tiny_sd("diffusion_online_dpo"), [*updates, f"method.reference.every={times}"], [rate])
+    return Arm(_tiny_sd("diffusion_online_dpo"), _updates(times), [rate])
+
+
+def _updates(times: int) -> list[str]:
+    """Return the settings for so many updates of each generation."""
+    steps = FEWER_UPDATES // 6 * times
+    return [f"train.steps={steps}", f"method.generation.noisings={times}", f"method.reference.every={times}"]
 
 
 def _best_and_worst(folder: Path, pairs: Path, images: int, settings: Sequence[str] = ()) -> int:
