@@ -95,6 +95,17 @@ class Policy(Generic[F]):
             case None:
                 return None
 
+    @torch.no_grad()
+    def on_both(self, run: Callable[[nn.Module], R]) -> tuple[R, R | None]:
+        """Return the results of `run` on the policy's network and on the reference, without gradients.
+
+        It runs once if a moving reference has just caught up with the policy.
+        """
+        reference = self.on_reference(run)
+        if reference is not None and self.moving is not None and self.moving.equals(self.trainable()):
+            return reference, reference
+        return run(self.unwrapped), reference
+
     def as_old(self) -> AbstractContextManager[None]:
         """Give the policy the weights of the old policy, for a time without gradients; they may be its own."""
         return nullcontext() if self.old is None else self.old.swapped(self.trainable())

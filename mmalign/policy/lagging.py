@@ -27,6 +27,11 @@ class LaggingCopy:
         if share:
             torch._foreach_lerp_(self.weights, [p.detach().float() for p in parameters], share)
 
+    def equals(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Return whether the parameters are the copy, bit for bit."""
+        pairs = zip(self.weights, parameters, strict=True)
+        return all(torch.equal(copied, p.detach().float()) for copied, p in pairs)
+
     @torch.no_grad()
     def swap(self, parameters: Sequence[nn.Parameter]) -> None:
         """Swap the copy and the parameters; a second call swaps them back, unseen by a backward pass."""

@@ -94,6 +94,29 @@ def test_a_moving_reference_is_the_network_with_the_mixed_weights(family: TextTo
     assert kept is not None and torch.equal(kept, base) and torch.equal(again, actual)
 
 
+@pytest.mark.parametrize("tune", POLICIES)
+def test_a_reference_that_caught_up_needs_no_run_of_its_own(family: TextToImage, tune: str) -> None:
+    """Before the first update, and after the second, which makes it the policy again; a fixed one always does."""
+    policy, run, runs = POLICIES[tune](family), predicting(family), list[Tensor]()
+    moving = LaggingCopy(policy.trainable(), partial(mixed_share, every=2, mix=1.0, ramp=None, flat=0))
+    lagging = replace(policy, moving=moving)
+
+    def counted(net: nn.Module) -> Tensor:
+        runs.append(run(net))
+        return runs[-1]
+
+    for step, number in enumerate([1, 2, 1]):
+        if step:
+            move(policy.unwrapped)
+            moving.update(policy.trainable(), step)
+        runs.clear()
+        own, reference = lagging.on_both(counted)
+        assert len(runs) == number and reference is not None
+        assert torch.equal(own, run(policy.unwrapped)) and torch.equal(own, reference) == (number == 1)
+        runs.clear()
+        assert policy.on_both(counted)[1] is not None and len(runs) == 2
+
+
 def test_a_moving_reference_between_forward_and_backward_changes_no_gradient(family: TextToImage) -> None:
     policy, run = POLICIES["lora"](family, moved=0.05), predicting(family)
     lagging = replace(policy, moving=LaggingCopy(policy.trainable(), half))

@@ -184,7 +184,10 @@ def contrasts(
                 _predict(policy.family, batch[part], view, guidance, size) for guidance in (1.0, reference_guidance)
             )
             moved = bool(contrasts) or policy.old is not None  # since the policy predicted this
-            old, reference = of_policy(policy.unwrapped) if moved else None, policy.on_reference(of_reference)
+            if moved and reference_guidance == 1.0:
+                old, reference = policy.on_both(of_policy)
+            else:
+                old, reference = of_policy(policy.unwrapped) if moved else None, policy.on_reference(of_reference)
             contrasts.append(Contrast(view, old, reference, values[part], generated.weights[part], generated.summary))
     return contrasts
 

@@ -69,7 +69,7 @@ def contrasts(policy: Policy[VisionLanguage], batch: EncodedResponses, cfg: Conf
         # Old scores, unless no update precedes the only use of this contrast
         moves = bool(contrasts) or cfg.generation.updates > 1
         score = partial(family.token_logps, tokens=given.tokens, features=given.features)
-        old, reference = score(policy.unwrapped) if moves else None, policy.on_reference(score)
+        old, reference = policy.on_both(score) if moves else (None, policy.on_reference(score))
         contrasts.append(Contrast(given, values[questions].T.flatten(), old, reference, answered.summary))
     return contrasts * cfg.generation.updates
 
