@@ -184,6 +184,7 @@ def contrasts(
                 _predict(policy.family, batch[part], view, guidance, size) for guidance in (1.0, reference_guidance)
             )
             moved = bool(contrasts) or policy.old is not None  # since the policy predicted this
+            old: Tensor | None
             if moved and reference_guidance == 1.0:
                 old, reference = policy.on_both(of_policy)
             else:
