@@ -102,7 +102,8 @@ class Policy(Generic[F]):
         It runs once if a moving reference has just caught up with the policy.
         """
         reference = self.on_reference(run)
-        if reference is not None and self.moving is not None and self.moving.equals(self.trainable()):
+        # The network has the weights of the old policy while that generates
+        if reference is not None and self.moving is not None and self.moving.caught_up and self.old is None:
             return reference, reference
         return run(self.unwrapped), reference
 

@@ -14,23 +14,23 @@ class LaggingCopy:
 
     `share` maps the number of an update, the first of which is 1, to the parameters' share in the copy after it:
     copy <- (1 - share) copy + share parameters.
+
+    Attributes:
+        caught_up: true if the copy is known to equal the parameters: at first, and after an update with the share 1.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], share: Callable[[int], float]) -> None:
         self.share = share
         self.weights = [p.detach().float().clone() for p in parameters]
+        self.caught_up = True
 
     @torch.no_grad()
     def update(self, parameters: Sequence[nn.Parameter], step: int) -> None:
         """Move towards the parameters after update number `step`."""
         share = self.share(step)
+        self.caught_up = share == 1
         if share:
             torch._foreach_lerp_(self.weights, [p.detach().float() for p in parameters], share)
-
-    def equals(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Return whether the parameters are the copy, bit for bit."""
-        pairs = zip(self.weights, parameters, strict=True)
-        return all(torch.equal(copied, p.detach().float()) for copied, p in pairs)
 
     @torch.no_grad()
     def swap(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -51,6 +51,7 @@ class LaggingCopy:
 
     def load(self, weights: Sequence[Tensor]) -> None:
         """Load the copy of a checkpoint."""
+        self.caught_up = False  # not known; the next update may tell
         for weight, saved in zip(self.weights, weights, strict=True):
             weight.copy_(saved)
 

@@ -115,6 +115,13 @@ def test_a_reference_that_caught_up_needs_no_run_of_its_own(family: TextToImage,
         assert torch.equal(own, run(policy.unwrapped)) and torch.equal(own, reference) == (number == 1)
         runs.clear()
         assert policy.on_both(counted)[1] is not None and len(runs) == 2
+    # What is not known to be equal is run
+    generating = replace(lagging, old=LaggingCopy(policy.trainable(), half))
+    runs.clear()
+    generating.on_both(counted)
+    moving.load([weight.clone() for weight in moving.weights])
+    lagging.on_both(counted)
+    assert len(runs) == 4
 
 
 def test_a_moving_reference_between_forward_and_backward_changes_no_gradient(family: TextToImage) -> None:

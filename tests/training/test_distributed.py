@@ -40,6 +40,8 @@ class Runs:
         generation = {"images": 3, "steps": 2, "noisings": 1, "batch_size": 1}
         reward = {"name": "step_aware", "path": str(judge)}
         online = {"name": "diffusion_online_dpo", "beta": 100.0, "reward": reward, "generation": generation}
+        group = {"name": "dgpo", "beta": 100.0, "reward": reward, "reference": {"every": 1, "mix": 1.0}}
+        group["generation"] = {**generation, "noisings": 2}  # both in one update, so that each can be saved
         uncached = {"model": {"tune": "full"}, "data": {"cache": "off"}, "train": often}
         self.recipes: dict[str, tuple[str, Content]] = {
             "full": ("eight", {"method": moving, **full}),
@@ -47,6 +49,7 @@ class Runs:
             "uneven": ("bad", {"method": {"name": "mapo"}, "train": often}),
             "few": ("few", {"method": {"name": "sft"}, "train": often}),
             "generated": ("eight", {"method": online, "train": often}),
+            "group": ("eight", {"method": group, "train": {**often, "gradient_accumulation_steps": 2}}),
             "inverted": ("eight", {"method": inpo, "train": often}),
             "kept": ("eight", {"method": {**inpo, "inverter": "reference", "num_cached_draws": 1}, "train": often}),
             "pictures": ("eight", uncached),
@@ -102,7 +105,13 @@ class Runs:
         """Return the trainings of two processes that split the model."""
         half: Content = {"batch_size": 2, "sharding": "fsdp2"}
         shutil.copytree(self.folder / "two" / "grown", self.folder / "sharded" / "grown")
-        names = {"full": half, "lora": {**small, "sharding": "fsdp2"}, "inverted": half, "responses": half}
+        names = {
+            "full": half,
+            "lora": {**small, "sharding": "fsdp2"},
+            "group": half,
+            "inverted": half,
+            "responses": half,
+        }
         jobs = [(f"{name} sharded", self.content("sharded", name, **options)) for name, options in names.items()]
         for name, output, options in (
             ("stopped", "stopped", {"steps": 1}),
@@ -156,14 +165,14 @@ def runs(
     return runs
 
 
-NAMES = ["full", "lora", "uneven", "few", "generated", "inverted", "kept", "responses"]
+NAMES = ["full", "lora", "uneven", "few", "generated", "group", "inverted", "kept", "responses"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_those_of_one_process(name: str, runs: Runs) -> None:
     """All weights with an average, adapters with accumulated gradients, unequal shares of a batch, padding, inversions
-    of which one process's take longer, those that both have worked out before, generated images, and responses that
-    share their prompts.
+    of which one process's take longer, those that both have worked out before, generated pairs and groups of images,
+    and responses that share their prompts.
     """
     weights, gradients = runs.distance(f"one/{name}", f"two/{name}")
     assert weights < WEIGHTS and gradients < GRADIENTS
@@ -296,7 +305,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(runs: Runs, monkey
     assert not list((runs.folder / "unaware" / "few").glob("checkpoint-*"))
 
 
-SHARDED = ["full", "lora", "inverted", "responses"]
+SHARDED = ["full", "lora", "group", "inverted", "responses"]
 
 
 @pytest.mark.parametrize("name", SHARDED)
