@@ -105,13 +105,7 @@ class Runs:
         """Return the trainings of two processes that split the model."""
         half: Content = {"batch_size": 2, "sharding": "fsdp2"}
         shutil.copytree(self.folder / "two" / "grown", self.folder / "sharded" / "grown")
-        names = {
-            "full": half,
-            "lora": {**small, "sharding": "fsdp2"},
-            "group": half,
-            "inverted": half,
-            "responses": half,
-        }
+        names = {"full": half, "lora": {**small, "sharding": "fsdp2"}, "inverted": half, "responses": half}
         jobs = [(f"{name} sharded", self.content("sharded", name, **options)) for name, options in names.items()]
         for name, output, options in (
             ("stopped", "stopped", {"steps": 1}),
@@ -305,7 +299,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(runs: Runs, monkey
     assert not list((runs.folder / "unaware" / "few").glob("checkpoint-*"))
 
 
-SHARDED = ["full", "lora", "group", "inverted", "responses"]
+SHARDED = ["full", "lora", "inverted", "responses"]
 
 
 @pytest.mark.parametrize("name", SHARDED)
