@@ -203,6 +203,9 @@ def online_groups(folder: Path) -> Study:
         ),
         "dgpo": Arm(_tiny_sd("dgpo")),
         "dgpo_12": Arm(_tiny_sd("dgpo"), _updates(12)),
+        "dgpo_of_8": Arm(_tiny_sd("dgpo"), _images(8), (4e-5,)),
+        "dgpo_batch": Arm(_tiny_sd("dgpo"), ["method.advantages.scale=batch"], (4e-5,)),
+        "crd": Arm(_tiny_sd("crd"), [*all_images, "method.beta=3000", "method.reference_guidance=1.0"], (4e-5,)),
         "nft": Arm(_tiny_sd("nft"), all_images, (1e-4,)),
         "flow_grpo_shared": Arm(_tiny_sd("flow_grpo"), shared, (1e-4,)),
         # 32 images are sampled for each update of SPO, so that it has twice as many as the others
@@ -221,8 +224,13 @@ def _repeated(times: int, rate: float, *settings: str) -> Arm:
 
 
 def _of_images(number: int) -> Arm:
-    """Return online DPO with so many images of a prompt, and 128 of a generation as before."""
-    return _repeated(6, 4e-5, f"method.generation.images={number}", f"train.batch_size={128 // number}")
+    """Return online DPO with so many images of a prompt."""
+    return _repeated(6, 4e-5, *_images(number))
+
+
+def _images(number: int) -> list[str]:
+    """Return the settings for so many images of a prompt, and 128 of a generation as before."""
+    return [f"method.generation.images={number}", f"train.batch_size={128 // number}"]
 
 
 def _updates(times: int) -> list[str]:
