@@ -204,6 +204,7 @@ def online_groups(folder: Path) -> Study:
         "dgpo": Arm(_tiny_sd("dgpo")),
         "dgpo_12": Arm(_tiny_sd("dgpo"), _updates(12)),
         "dgpo_of_8": Arm(_tiny_sd("dgpo"), _images(8), (4e-5,)),
+        "dgpo_of_8_ema": Arm(_tiny_sd("dgpo"), [*_images(8), "train.ema=0.9"], (4e-5,)),
         "dgpo_group": Arm(_tiny_sd("dgpo"), ["method.advantages.scale=group"], (4e-5,)),
         "crd": Arm(_tiny_sd("crd"), [*all_images, "method.beta=3000", "method.reference_guidance=1.0"], (4e-5,)),
         "nft": Arm(_tiny_sd("nft"), all_images, (1e-4,)),
