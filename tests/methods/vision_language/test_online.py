@@ -131,6 +131,18 @@ def test_ipo_md_generates_from_the_mixture(llava: VisionLanguage, questions: Pat
     assert not methods.requirements_of(configured(online_dpo, loss="simpo")).reference
 
 
+def test_a_reference_that_caught_up_is_grpo_s_old_policy(llava: VisionLanguage, questions: Path) -> None:
+    """The old scores are its own, and the same if that is not known."""
+    policy, given = adapted(llava, moved=0.1), batch(llava, questions)
+    moving = LaggingCopy(policy.trainable(), lambda step: 1.0)
+    lagging, cfg = replace(policy, moving=moving), configured(grpo, generation={"updates": 2})
+    (caught_up, *_) = contrasts(grpo, lagging, given, cfg)
+    moving.load([weight.clone() for weight in moving.weights])
+    (unknown, *_) = contrasts(grpo, lagging, given, cfg)
+    assert caught_up.old is caught_up.reference and unknown.old is not unknown.reference
+    assert torch.equal(caught_up.old, unknown.old) and torch.equal(caught_up.reference, unknown.reference)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy_of", POLICIES.values(), ids=POLICIES)
 def test_inpo_has_two_references(policy_of: Any, llava: VisionLanguage, questions: Path) -> None:
