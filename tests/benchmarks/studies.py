@@ -174,10 +174,10 @@ def online_images(folder: Path) -> Study:
 def online_groups(folder: Path) -> Study:
     """Return the study of how often a group of images is learned from, and how many at a time.
 
-    All but SPO have half as many images as in `online_images`, in float32. Online DPO makes 6, 12 or 24 updates of a
-    generation of 32 prompts; or six with 2 or 8 images of a prompt, or with other judges. DGPO and NFT learn from all
-    its 128 images in every update, Flow-GRPO from those of 16 prompts. Diffusion-DPO has as many images of the base
-    model, and makes as many updates as online DPO with 12 or 24.
+    All have half as many images as in `online_images`, in float32. Online DPO makes 6, 12 or 24 updates of a generation
+    of 32 prompts, or six with eight images of 16. DGPO, NFT and CRD learn from all its 128 images in every update,
+    Flow-GRPO from those of 16 prompts. Diffusion-DPO has as many images of the base model, and makes as many updates as
+    online DPO with 12 or 24.
     """
     pairs = folder / "pairs.parquet"
     of_pairs = f"data.path={pairs}"
@@ -188,32 +188,22 @@ def online_groups(folder: Path) -> Study:
     shorter = f"train.steps={FEWER_UPDATES}"
     all_images = [shorter, "method.generation.prompts_per_contrast=null", "method.generation.noisings=6"]
     shared = [shorter, "method.generation.shared_start=true"]
-    steps_judge = "{name: step_aware, path: models/tiny_clip_steps}"
+    of_8 = ["method.generation.images=8", "train.batch_size=16"]  # 128 of a generation, as with four
     arms = {
         "diffusion_dpo": Arm(IMAGES, [of_pairs, f"train.steps={2 * FEWER_UPDATES}"]),
         "diffusion_dpo_longer": Arm(IMAGES, [of_pairs, f"train.steps={4 * FEWER_UPDATES}"], (4e-5,)),
         "diffusion_online_dpo": _repeated(6, 4e-5),
         "online_dpo_12": _repeated(12, 4e-5),
         "online_dpo_24": _repeated(24, 2e-5),
-        "online_dpo_of_2": _of_images(2),
-        "online_dpo_of_8": _of_images(8),
-        "online_dpo_steps_judge": _repeated(6, 4e-5, f"method.reward={steps_judge}"),
-        "online_dpo_two_judges": _repeated(
-            6, 4e-5, f"method.reward=[{{path: models/tiny_clip}}, {steps_judge}]", "method.combine=zscore"
-        ),
+        "online_dpo_of_8": _repeated(6, 4e-5, *of_8),
         "dgpo": Arm(_tiny_sd("dgpo")),
         "dgpo_12": Arm(_tiny_sd("dgpo"), _updates(12)),
-        "dgpo_of_8": Arm(_tiny_sd("dgpo"), _images(8), (4e-5,)),
-        "dgpo_of_8_ema": Arm(_tiny_sd("dgpo"), [*_images(8), "train.ema=0.9"], (4e-5,)),
+        "dgpo_of_8": Arm(_tiny_sd("dgpo"), of_8, (4e-5,)),
+        "dgpo_of_8_ema": Arm(_tiny_sd("dgpo"), [*of_8, "train.ema=0.9"], (4e-5,)),
         "dgpo_group": Arm(_tiny_sd("dgpo"), ["method.advantages.scale=group"], (4e-5,)),
         "crd": Arm(_tiny_sd("crd"), [*all_images, "method.beta=3000", "method.reference_guidance=1.0"], (4e-5,)),
         "nft": Arm(_tiny_sd("nft"), all_images, (1e-4,)),
         "flow_grpo_shared": Arm(_tiny_sd("flow_grpo"), shared, (1e-4,)),
-        # 32 images are sampled for each update of SPO, so that it has twice as many as the others
-        "spo": Arm(_tiny_sd("spo"), [f"train.steps={ONLINE_IMAGES // 32}"], (4e-5,)),
-        "spo_clip": Arm(
-            _tiny_sd("spo"), [f"train.steps={ONLINE_IMAGES // 32}", "method.reward={path: models/tiny_clip}"], (4e-5,)
-        ),
         "flow_grpo_clip": Arm(_tiny_sd("flow_grpo"), [*shared, "method.clip=8.0e-4"], (1e-4,)),
     }
     return Study(arms, write, rates=(2e-5, 4e-5))
@@ -222,16 +212,6 @@ def online_groups(folder: Path) -> Study:
 def _repeated(times: int, rate: float, *settings: str) -> Arm:
     """Return online DPO with so many updates of each generation, after which the reference follows the policy."""
     return Arm(_tiny_sd("diffusion_online_dpo"), [*_updates(times), *settings], [rate])
-
-
-def _of_images(number: int) -> Arm:
-    """Return online DPO with so many images of a prompt."""
-    return _repeated(6, 4e-5, *_images(number))
-
-
-def _images(number: int) -> list[str]:
-    """Return the settings for so many images of a prompt, and 128 of a generation as before."""
-    return [f"method.generation.images={number}", f"train.batch_size={128 // number}"]
 
 
 def _updates(times: int) -> list[str]:
