@@ -20,8 +20,8 @@ import mmalign
 from mmalign import cli
 from mmalign.commands import train
 from mmalign.commands._after_update import AfterUpdate
+from mmalign.families.precision import computes_bfloat16
 from mmalign.methods import names
-from mmalign.modalities.loading import computes_bfloat16
 from mmalign.toy import scenes
 from tests.helpers import data_files, first_fast, recipes
 from tests.helpers.loading import load_diffusion

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmalign.families.base import VisionLanguage
 from mmalign.families.loading import load_vision_language
+from mmalign.families.precision import warn_if_emulated
 from mmalign.families.types import ImageView, Loading
 from mmalign.language.chat import IMAGE, Turn
 from mmalign.language.tokens import TokenizedResponse, common_prefix
@@ -115,6 +116,7 @@ def load_asker(judge: str, path: str, device: torch.device, cfg: AskingConfig) -
     Raises:
         ValueError: there is no such model, or it is not supported.
     """
+    warn_if_emulated(f"reward {judge}: precision", cfg.precision, device)
     half = torch.bfloat16 if cfg.precision == "bfloat16" else None
     try:
         family = load_vision_language(

@@ -18,6 +18,7 @@ from mmalign.data.caches.scores import CHUNK, CachedJudge, CachedResponseJudge, 
 from mmalign.families.base import Family, VisionLanguage
 from mmalign.families.compile import compile_blocks
 from mmalign.families.loading import local_folder
+from mmalign.families.precision import warn_if_emulated
 from mmalign.families.types import Loading
 from mmalign.methods import requirements_of
 from mmalign.modalities import modality_of
@@ -54,27 +55,12 @@ def load_model(recipe: Recipe, device: torch.device) -> Any:
     """
     options = recipe.train
     choice.check(options.attention, device, DTYPES[options.precision])
-    if options.precision == "bfloat16" and not computes_bfloat16(device):
-        logger.warning(
-            f"warning: train.precision: this {device.type} has no instructions for bfloat16, which makes it many times "
-            "slower than float32; use float32"
-        )
+    warn_if_emulated("train.precision", options.precision, device)
     family = load_bare(recipe, device)
     logger.info(str(family.use_attention(options.attention)))
     if family.packing:
         logger.info(family.packing)
     return family
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Return whether a device has instructions for bfloat16.
-
-    GPUs before Ampere and x86 without AVX-512 emulate them; with AVX2 a product of matrices took 93 times as long as in
-    float32.
-    """
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
 
 
 def load_bare(recipe: Recipe, device: torch.device) -> Any:

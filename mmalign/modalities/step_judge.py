@@ -12,6 +12,7 @@ from mmalign.data.data_module import DataModule, Splits
 from mmalign.doctor.corpus import NotChecked, RecipeInputs
 from mmalign.evaluation.benchmarks import step_accuracy
 from mmalign.families import loading, step_judge
+from mmalign.families.precision import warn_if_emulated
 from mmalign.families.step_judge import StepJudge
 from mmalign.families.types import Loading
 from mmalign.methods import requirements_of
@@ -65,6 +66,7 @@ def load_family(model: Model, options: Loading) -> StepJudge:
     """
     assert isinstance(model, JudgeModel)
     vae = resolve_model(model.vae) if model.vae is not None else None
+    warn_if_emulated("model.vae_dtype", model.vae_dtype, options.device)
     # Never trained, so that it needs no float32 masters
     frozen = replace(options, vae=vae, vae_dtype=DTYPES[model.vae_dtype], network_half=True)
     return step_judge.load(model.path, loading.load_family(resolve_model(model.denoiser), frozen), options)

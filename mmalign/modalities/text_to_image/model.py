@@ -12,6 +12,7 @@ from mmalign.data.formats.images import Sources
 from mmalign.families import loading
 from mmalign.families.base import TextToImage
 from mmalign.families.editing import EDITORS, not_editing
+from mmalign.families.precision import warn_if_emulated
 from mmalign.families.stored import check_variant
 from mmalign.families.types import Loading
 from mmalign.modalities.loading import DTYPES
@@ -120,6 +121,7 @@ def load_family(model: Model, options: Loading) -> TextToImage:
     assert isinstance(model, ImageModel)
     vae = resolve_model(model.vae) if model.vae is not None else None
     config = resolve_model(model.config) if model.config is not None else None
+    warn_if_emulated("model.vae_dtype", model.vae_dtype, options.device)
     options = replace(options, vae=vae, vae_dtype=DTYPES[model.vae_dtype], config=config, offload=model.offload)
     return loading.load_family(resolve_model(model.path), options, model.family)
 
