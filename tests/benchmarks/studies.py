@@ -164,9 +164,6 @@ def online_images(folder: Path) -> Study:
     arms["online_dpo_fixed"] = Arm(_tiny_sd("diffusion_online_dpo"), [half, "method.reference=null"])
     # A reference that moves allows more from update to update: the rate that is best halfway is too large at the end
     shorter = {name: [f"train.steps={ONLINE_UPDATES // 2}"] for name in arms if name != "diffusion_online_dpo"}
-    # 32 images are sampled for each of its updates
-    arms["spo"] = Arm(_tiny_sd("spo"), [half, f"train.steps={ONLINE_IMAGES // 32}"])
-    shorter["spo"] = [f"train.steps={ONLINE_IMAGES // 96}"]
     halfway = (ONLINE_UPDATES // 2 * 32,)  # updates of 32 pairs, or of 64 images
     return Study({**offline, **arms}, write, rates=(2e-5, 4e-5), search=shorter, pairs=halfway)
 
@@ -175,9 +172,9 @@ def online_groups(folder: Path) -> Study:
     """Return the study of how often a group of images is learned from, and how many at a time.
 
     All have half as many images as in `online_images`, in float32. Online DPO makes 6, 12 or 24 updates of a generation
-    of 32 prompts, or six with eight images of 16. DGPO, NFT and CRD learn from all its 128 images in every update,
-    Flow-GRPO from those of 16 prompts. Diffusion-DPO has as many images of the base model, and makes as many updates as
-    online DPO with 12 or 24.
+    of 32 prompts, or six with eight images of 16 or with two judges. DGPO, NFT and CRD learn from all its 128 images in
+    every update, Flow-GRPO from those of 16 prompts. Diffusion-DPO has as many images of the base model, and makes as
+    many updates as online DPO with 12 or 24. SPO alone has twice as many images.
     """
     pairs = folder / "pairs.parquet"
     of_pairs = f"data.path={pairs}"
@@ -189,6 +186,8 @@ def online_groups(folder: Path) -> Study:
     all_images = [shorter, "method.generation.prompts_per_contrast=null", "method.generation.noisings=6"]
     shared = [shorter, "method.generation.shared_start=true"]
     of_8 = ["method.generation.images=8", "train.batch_size=16"]  # 128 of a generation, as with four
+    judges = "[{path: models/tiny_clip}, {name: step_aware, path: models/tiny_clip_steps}]"
+    chance = "{name: function, path: 'tests.benchmarks.study_data:chance'}"
     arms = {
         "diffusion_dpo": Arm(IMAGES, [of_pairs, f"train.steps={2 * FEWER_UPDATES}"]),
         "diffusion_dpo_longer": Arm(IMAGES, [of_pairs, f"train.steps={4 * FEWER_UPDATES}"], (4e-5,)),
@@ -196,14 +195,22 @@ def online_groups(folder: Path) -> Study:
         "online_dpo_12": _repeated(12, 4e-5),
         "online_dpo_24": _repeated(24, 2e-5),
         "online_dpo_of_8": _repeated(6, 4e-5, *of_8),
+        "online_dpo_two_judges": _repeated(6, 4e-5, f"method.reward={judges}", "method.combine=zscore"),
         "dgpo": Arm(_tiny_sd("dgpo")),
         "dgpo_12": Arm(_tiny_sd("dgpo"), _updates(12)),
         "dgpo_of_8": Arm(_tiny_sd("dgpo"), of_8, (4e-5,)),
         "dgpo_of_8_ema": Arm(_tiny_sd("dgpo"), [*of_8, "train.ema=0.9"], (4e-5,)),
         "dgpo_group": Arm(_tiny_sd("dgpo"), ["method.advantages.scale=group"], (4e-5,)),
-        "crd": Arm(_tiny_sd("crd"), [*all_images, "method.beta=3000", "method.reference_guidance=1.0"], (4e-5,)),
+        "crd": Arm(_tiny_sd("crd"), rates=(4e-5,)),
+        "crd_2": Arm(_tiny_sd("crd"), ["method.reference_guidance=2.0"], (4e-5,)),
+        "crd_chance": Arm(_tiny_sd("crd"), [f"method.reward={chance}"], (4e-5,)),
+        "crd_beta": Arm(_tiny_sd("crd"), ["method.beta=3000", "method.reference_guidance=1.0"], (4e-5,)),
         "nft": Arm(_tiny_sd("nft"), all_images, (1e-4,)),
         "flow_grpo_shared": Arm(_tiny_sd("flow_grpo"), shared, (1e-4,)),
+        # 32 images are sampled for each update of SPO, so that it has twice as many as the others
+        "spo_clip": Arm(
+            _tiny_sd("spo"), [f"train.steps={ONLINE_IMAGES // 32}", "method.reward={path: models/tiny_clip}"], (4e-5,)
+        ),
         "flow_grpo_clip": Arm(_tiny_sd("flow_grpo"), [*shared, "method.clip=8.0e-4"], (1e-4,)),
     }
     return Study(arms, write, rates=(2e-5, 4e-5))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from io import BytesIO
 from itertools import combinations
 from pathlib import Path
@@ -16,6 +17,15 @@ from mmalign.evaluation.benchmarks.scenes import check_scenes
 from mmalign.rng import KeyedRNG
 
 Row = dict[str, Any]
+
+
+def chance(images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    """Return scores between 0 and 1 that tell nothing: hashes of the images' pixels and their prompts."""
+    digests = [
+        blake2b(image.tobytes() + prompt.encode(), digest_size=6).digest()
+        for image, prompt in zip(images, prompts, strict=True)
+    ]
+    return [int.from_bytes(digest) / 2**48 for digest in digests]
 
 
 def flip_labels(source: Path, target: Path, share: float, seed: int = 0) -> int:

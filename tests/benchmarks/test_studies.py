@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from mmalign.commands.load_recipe import load_recipe
 from mmalign.data.formats.images import open_pairs
 from mmalign.synthesis.write_image_pairs import write_pairs
 from mmalign.toy import scenes
 from tests.benchmarks.studies import PAIRS, STUDIES, parse, search, select
-from tests.benchmarks.study_data import flip_labels, write_best_and_worst, write_objectives
+from tests.benchmarks.study_data import chance, flip_labels, write_best_and_worst, write_objectives
 
 
 def test_flipped_labels_swap_both_columns(tmp_path: Path) -> None:
@@ -25,6 +26,14 @@ def test_flipped_labels_swap_both_columns(tmp_path: Path) -> None:
                 b[f"{kind}_{side}"] for kind in ("label", "score") for side in (1, 0)
             ]
         assert a["jpg_0"] == b["jpg_0"] and a["caption"] == b["caption"]
+
+
+def test_chance_tells_images_and_prompts_apart_alone() -> None:
+    """Equal images of one prompt have one score, and the scores of others are spread evenly."""
+    images = [Image.new("L", (2, 2), shade) for shade in range(200)]
+    scores = chance(images, ["a dog"] * 200)
+    assert scores == chance(images, ["a dog"] * 200) and len({*scores, *chance(images, ["a cat"] * 200)}) == 400
+    assert all(0 <= score < 1 for score in scores) and abs(np.mean(scores) - 0.5) < 0.1
 
 
 @pytest.fixture(scope="module")
