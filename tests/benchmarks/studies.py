@@ -183,7 +183,6 @@ def online_groups(folder: Path) -> Study:
         print(f"{pairs}: {_best_and_worst(folder, pairs, FEWER_IMAGES)} pairs of {FEWER_IMAGES:,} images")
 
     shorter = f"train.steps={FEWER_UPDATES}"
-    all_images = [shorter, "method.generation.prompts_per_contrast=null", "method.generation.noisings=6"]
     shared = [shorter, "method.generation.shared_start=true"]
     of_8 = ["method.generation.images=8", "train.batch_size=16"]  # 128 of a generation, as with four
     judges = "[{path: models/tiny_clip}, {name: step_aware, path: models/tiny_clip_steps}]"
@@ -205,7 +204,11 @@ def online_groups(folder: Path) -> Study:
         "crd_2": Arm(_tiny_sd("crd"), ["method.reference_guidance=2.0"], (4e-5,)),
         "crd_chance": Arm(_tiny_sd("crd"), [f"method.reward={chance}"], (4e-5,)),
         "crd_beta": Arm(_tiny_sd("crd"), ["method.beta=3000", "method.reference_guidance=1.0"], (4e-5,)),
-        "nft": Arm(_tiny_sd("nft"), all_images, (1e-4,)),
+        "nft": Arm(
+            _tiny_sd("nft"),
+            [shorter, "method.generation.prompts_per_contrast=null", "method.generation.noisings=6"],
+            (1e-4,),
+        ),
         "flow_grpo_shared": Arm(_tiny_sd("flow_grpo"), shared, (1e-4,)),
         # 32 images are sampled for each update of SPO, so that it has twice as many as the others
         "spo_clip": Arm(

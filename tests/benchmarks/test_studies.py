@@ -28,7 +28,7 @@ def test_flipped_labels_swap_both_columns(tmp_path: Path) -> None:
         assert a["jpg_0"] == b["jpg_0"] and a["caption"] == b["caption"]
 
 
-def test_chance_tells_images_and_prompts_apart_alone() -> None:
+def test_chance_knows_pixels_and_prompts_alone() -> None:
     """Equal images of one prompt have one score, and the scores of others are spread evenly."""
     images = [Image.new("L", (2, 2), shade) for shade in range(200)]
     scores = chance(images, ["a dog"] * 200)
